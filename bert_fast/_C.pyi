@@ -1,0 +1,90 @@
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+def unpad(
+    mask: Array, keep: Array | None, keep_first: bool, tile_size: int, threads: int
+) -> tuple[Array, Array, Array, Array, Array, int]: ...
+def tiles(cu_seqlens: Array, num_keys: Array | None, tile_size: int) -> Array: ...
+def pad(packed: Array, indices: Array, out: Array, threads: int) -> None: ...
+def pack(lengths: Array, capacity: int) -> tuple[Array, Array]: ...
+def mask_tokens(
+    ids: Array,
+    word_ids: Array | None,
+    special_ids: list[int],
+    unit: str,
+    probability: float,
+    mask_probability: float,
+    random_probability: float,
+    mask_id: int,
+    vocab_size: int,
+    max_span: int,
+    seed: int,
+    first_row: int,
+    masked_ids: Array,
+    labels: Array,
+    threads: int,
+) -> Array: ...
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    tiles: Array,
+    tile_size: int,
+    scale: float,
+    out: Array,
+    log_sum_exp: Array,
+    threads: int,
+) -> None: ...
+def attention_backward(
+    grad_out: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    out: Array,
+    log_sum_exp: Array,
+    tiles: Array,
+    tile_size: int,
+    scale: float,
+    grad_q: Array,
+    grad_k: Array,
+    grad_v: Array,
+    threads: int,
+) -> None: ...
+def layer_norm(
+    x: Array,
+    residual: Array | None,
+    weight: Array,
+    bias: Array,
+    eps: float,
+    y: Array,
+    mean: Array | None,
+    rstd: Array | None,
+    threads: int,
+) -> None: ...
+def layer_norm_backward(
+    grad_y: Array,
+    x: Array,
+    residual: Array | None,
+    weight: Array,
+    mean: Array,
+    rstd: Array,
+    grad_x: Array,
+    grad_weight: Array,
+    grad_bias: Array,
+    threads: int,
+) -> None: ...
+def gelu(x: Array, bias: Array | None, approximate: str, y: Array, threads: int) -> None: ...
+def gelu_backward(
+    grad_y: Array,
+    x: Array,
+    bias: Array | None,
+    approximate: str,
+    grad_x: Array,
+    grad_bias: Array | None,
+    threads: int,
+) -> None: ...
+def instruction_set() -> str: ...
+def has_openmp() -> bool: ...

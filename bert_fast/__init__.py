@@ -1,0 +1,39 @@
+"""BERT encoders without padding: Triton kernels on GPUs, C++ kernels on CPUs, the same weights and answers."""
+
+from . import functional, masking, nn
+from .config import BertConfig
+from .encoder import BertModel
+from .heads import (
+    BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForNextSentencePrediction,
+    BertForPreTraining,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+)
+from .masking import PackedBatch
+from .swap import report, restore, swap, verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BertConfig",
+    "BertForMaskedLM",
+    "BertForMultipleChoice",
+    "BertForNextSentencePrediction",
+    "BertForPreTraining",
+    "BertForQuestionAnswering",
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
+    "BertModel",
+    "PackedBatch",
+    "__version__",
+    "functional",
+    "masking",
+    "nn",
+    "report",
+    "restore",
+    "swap",
+    "verify",
+]

@@ -1,0 +1,335 @@
+"""The encoder with BERT's heads (Devlin et al. 2018, sections 3.1 and 4), each on packed rows.
+
+Losses are means over what is labelled; a label of -100 is not. Logits at padding are not computed: a padded tensor has
+zeros there, or the lowest finite number where they would compete (question answering).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from . import checkpoint
+from .config import ACTIVATIONS, BertConfig
+from .encoder import BertModel, BertOutput, initialise
+from .nn import LayerNorm, expand, normalise
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = [
+    "BertForMaskedLM",
+    "BertForMultipleChoice",
+    "BertForNextSentencePrediction",
+    "BertForPreTraining",
+    "BertForQuestionAnswering",
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
+    "HeadOutput",
+]
+
+IGNORED = -100
+
+
+@dataclass(frozen=True, eq=False)
+class HeadOutput:
+    """
+    Attributes:
+        loss: scalar, or None without labels.
+        logits: what the head says; each class gives the shape.
+        encoder: the encoder's output.
+    """
+
+    loss: Tensor | None
+    logits: Tensor
+    encoder: BertOutput
+
+
+class BertHead(nn.Module, ABC):
+    """An encoder and a head. The name of a class is that of transformers' class with the same weights."""
+
+    has_pooler: ClassVar[bool]
+
+    def __init__(self, config: BertConfig, *, num_labels: int = 2) -> None:
+        super().__init__()
+        if num_labels < 1:
+            raise ValueError(f"num_labels is {num_labels}; it must be at least 1")
+        self.config = config
+        self.num_labels = num_labels
+        self.bert = BertModel(config, has_pooler=self.has_pooler)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.build()
+        with torch.no_grad():
+            for part in self.children():
+                if part is not self.bert:
+                    initialise(part, config.initializer_range)
+
+    @abstractmethod
+    def build(self) -> None:
+        """Adds the modules of the head."""
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, num_labels: int | None = None) -> Self:
+        """The model in a Hugging Face folder; a head that it lacks is initialised, with a warning.
+
+        Args:
+            path: the folder.
+            num_labels: classes; None: as many as the checkpoint's classifier has, or 2.
+
+        Raises:
+            FileNotFoundError, ValueError: see BertModel.from_pretrained.
+        """
+        weights = checkpoint.load(path)
+        if num_labels is None:
+            classifier = weights.get("classifier.weight")
+            num_labels = 2 if classifier is None else classifier.shape[0]
+        model = cls(BertConfig.from_pretrained(path), num_labels=num_labels)
+        checkpoint.apply(model, weights)
+        return model
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Writes config.json and model.safetensors, which transformers' class of the same name loads."""
+        checkpoint.save(self, self.config, type(self).__name__, path)
+
+
+class MaskedLMHead(nn.Module):
+    """Linear, GELU, LayerNorm, and the transposed word embeddings with a bias."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.approximate = ACTIVATIONS[config.hidden_act]
+        self.transform = nn.Linear(config.hidden_size, config.hidden_size)
+        self.norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, rows: Tensor, word_embeddings: Tensor) -> Tensor:
+        """(rows, hidden_size), (vocab_size, hidden_size) -> (rows, vocab_size)."""
+        transformed = normalise(self.norm, expand(self.transform, self.approximate, rows))
+        return F.linear(transformed, word_embeddings, self.bias)
+
+
+def _masked_lm(
+    head: MaskedLMHead, model: BertModel, output: BertOutput, labels: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Logits of the labelled rows, or of all rows, and the labels of those rows (-100 without any)."""
+    rows = output.packed
+    if labels is None:
+        targets = torch.full((rows.shape[0],), IGNORED, device=rows.device)
+    else:
+        targets = output.batch.select(labels)
+        labelled = targets != IGNORED
+        rows, targets = rows[labelled], targets[labelled]
+    return head(rows, model.embeddings.word.weight), targets
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the labelled; 0, not NaN, where nothing is labelled."""
+    total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+    return total / (labels != IGNORED).sum().clamp(min=1)
+
+
+def _kept(labels: Tensor | None) -> Tensor | None:
+    """Labelled tokens are computed even where the mask hides them."""
+    return None if labels is None else labels != IGNORED
+
+
+class BertForMaskedLM(BertHead):
+    """Masked language model."""
+
+    has_pooler = False
+
+    def build(self) -> None:
+        self.mlm = MaskedLMHead(self.config)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> HeadOutput:
+        """labels (batch, length) -> logits (labelled, vocab_size); without labels (batch, length, vocab_size)."""
+        output = self.bert(input_ids, attention_mask, token_type_ids, keep=_kept(labels))
+        logits, targets = _masked_lm(self.mlm, self.bert, output, labels)
+        if labels is None:
+            return HeadOutput(None, output.batch.pad(logits), output)
+        return HeadOutput(_cross_entropy(logits, targets), logits, output)
+
+
+class BertForNextSentencePrediction(BertHead):
+    """Whether the second segment follows the first (class 0) or is random (class 1)."""
+
+    has_pooler = True
+
+    def build(self) -> None:
+        self.nsp = nn.Linear(self.config.hidden_size, 2)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> HeadOutput:
+        """labels (batch,) -> logits (batch, 2)."""
+        output = self.bert(input_ids, attention_mask, token_type_ids)
+        logits = self.nsp(output.pooled)
+        return HeadOutput(None if labels is None else _cross_entropy(logits, labels), logits, output)
+
+
+@dataclass(frozen=True, eq=False)
+class PreTrainingOutput(HeadOutput):
+    """
+    Attributes:
+        next_sentence_logits: (batch, 2).
+    """
+
+    next_sentence_logits: Tensor
+
+
+class BertForPreTraining(BertHead):
+    """Masked language model and next-sentence prediction."""
+
+    has_pooler = True
+
+    def build(self) -> None:
+        self.mlm = MaskedLMHead(self.config)
+        self.nsp = nn.Linear(self.config.hidden_size, 2)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        next_sentence_label: Tensor | None = None,
+    ) -> PreTrainingOutput:
+        """labels (batch, length), next_sentence_label (batch,) -> logits as BertForMaskedLM's; the losses are added."""
+        output = self.bert(input_ids, attention_mask, token_type_ids, keep=_kept(labels))
+        logits, targets = _masked_lm(self.mlm, self.bert, output, labels)
+        next_logits = self.nsp(output.pooled)
+        losses = []
+        if labels is not None:
+            losses.append(_cross_entropy(logits, targets))
+        if next_sentence_label is not None:
+            losses.append(_cross_entropy(next_logits, next_sentence_label))
+        logits = output.batch.pad(logits) if labels is None else logits
+        return PreTrainingOutput(sum(losses[1:], losses[0]) if losses else None, logits, output, next_logits)
+
+
+class BertForSequenceClassification(BertHead):
+    """A class, a set of classes or a number for each sequence or pair."""
+
+    has_pooler = True
+
+    def build(self) -> None:
+        self.classifier = nn.Linear(self.config.hidden_size, self.num_labels)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> HeadOutput:
+        """logits (batch, num_labels); the labels' form chooses the loss.
+
+        int (batch,): cross-entropy; float (batch, num_labels): one logistic loss a class; float (batch,) with one
+        label: mean squared error.
+        """
+        output = self.bert(input_ids, attention_mask, token_type_ids)
+        logits = self.classifier(self.dropout(output.pooled))
+        if labels is None:
+            return HeadOutput(None, logits, output)
+        if not labels.is_floating_point():
+            loss = _cross_entropy(logits, labels)
+        elif self.num_labels == 1:
+            loss = F.mse_loss(logits.flatten().float(), labels.flatten().float())
+        else:
+            loss = F.binary_cross_entropy_with_logits(logits.float(), labels.float())
+        return HeadOutput(loss, logits, output)
+
+
+class BertForTokenClassification(BertHead):
+    """A class for each token."""
+
+    has_pooler = False
+
+    def build(self) -> None:
+        self.classifier = nn.Linear(self.config.hidden_size, self.num_labels)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> HeadOutput:
+        """labels (batch, length) -> logits (batch, length, num_labels), zeros at the padding."""
+        output = self.bert(input_ids, attention_mask, token_type_ids, keep=_kept(labels))
+        logits = self.classifier(self.dropout(output.packed))
+        loss = None if labels is None else _cross_entropy(logits, output.batch.select(labels))
+        return HeadOutput(loss, output.batch.pad(logits), output)
+
+
+class BertForQuestionAnswering(BertHead):
+    """Start and end of an answer in the text."""
+
+    has_pooler = False
+
+    def build(self) -> None:
+        self.qa = nn.Linear(self.config.hidden_size, 2)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+    ) -> HeadOutput:
+        """logits (2, batch, length): start and end, the lowest finite number at padding; positions (batch,).
+
+        A position outside [0, length) is ignored, as for an answer that was cut off.
+        """
+        output = self.bert(input_ids, attention_mask, token_type_ids)
+        batch = output.batch
+        padded = batch.pad(self.qa(output.packed))
+        is_token = batch.pad(torch.ones_like(batch.positions, dtype=torch.bool))
+        logits = padded.masked_fill(~is_token[..., None], torch.finfo(padded.dtype).min).permute(2, 0, 1)
+        if start_positions is None or end_positions is None:
+            return HeadOutput(None, logits, output)
+        length = batch.shape[1]
+        start, end = (
+            _cross_entropy(scores, target.where((target >= 0) & (target < length), IGNORED))
+            for scores, target in zip(logits, (start_positions, end_positions), strict=True)
+        )
+        return HeadOutput((start + end) / 2, logits, output)
+
+
+class BertForMultipleChoice(BertHead):
+    """Which of several sequences fits best."""
+
+    has_pooler = True
+
+    def build(self) -> None:
+        self.classifier = nn.Linear(self.config.hidden_size, 1)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> HeadOutput:
+        """input_ids, ... (batch, choices, length), labels (batch,) -> logits (batch, choices)."""
+        flat = [None if x is None else x.flatten(0, 1) for x in (input_ids, attention_mask, token_type_ids)]
+        output = self.bert(*flat)
+        logits = self.classifier(self.dropout(output.pooled)).view(input_ids.shape[:2])
+        return HeadOutput(None if labels is None else _cross_entropy(logits, labels), logits, output)

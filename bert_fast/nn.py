@@ -1,0 +1,205 @@
+"""Drop-in modules over bert_fast.functional, and the encoder layer that BertModel and swapped models share.
+
+LayerNorm and GELU are torch's own classes with another forward: state_dict, constructor and repr stay torch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from . import functional
+from .masking import PackedBatch
+
+__all__ = ["GELU", "EncoderLayer", "LayerNorm"]
+
+Activation = Literal["none", "tanh"] | Callable[[Tensor], Tensor]
+"""GELU by its `approximate` argument, which is fused with the bias before it, or any function of a tensor."""
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch.nn.LayerNorm with an optional residual, which costs no pass over memory of its own."""
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:  # noqa: A002
+        """LayerNorm(input + residual); both (..., width) -> (..., width)."""
+        if len(self.normalized_shape) != 1 or self.weight is None or self.bias is None:
+            return super().forward(input if residual is None else input + residual)
+        return functional.layer_norm(input, self.weight, self.bias, self.eps, residual)
+
+
+class GELU(nn.GELU):
+    """torch.nn.GELU with an optional bias before it."""
+
+    def forward(self, input: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002
+        """GELU(input + bias); (..., width), (width,) -> (..., width)."""
+        return functional.gelu(input, bias, self.approximate)
+
+
+class EncoderLayerParts(Protocol):
+    """What an encoder layer is made of, under whatever names its model gives to the parts."""
+
+    @property
+    def query(self) -> nn.Module: ...
+    @property
+    def key(self) -> nn.Module: ...
+    @property
+    def value(self) -> nn.Module: ...
+    @property
+    def attention_output(self) -> nn.Module: ...
+    @property
+    def attention_norm(self) -> nn.Module: ...
+    @property
+    def intermediate(self) -> nn.Module: ...
+    @property
+    def output(self) -> nn.Module: ...
+    @property
+    def output_norm(self) -> nn.Module: ...
+    @property
+    def activation(self) -> Activation: ...
+    @property
+    def attention_dropout(self) -> nn.Module: ...
+    @property
+    def attention_output_dropout(self) -> nn.Module: ...
+    @property
+    def output_dropout(self) -> nn.Module: ...
+    @property
+    def head_size(self) -> int: ...
+
+
+def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
+    """Whether the module is exactly of one of these classes and nobody hooks its calls, so that it may be fused."""
+    return type(module) in classes and not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def dropout_rate(module: nn.Module) -> float:
+    """The rate that torch.nn.Dropout applies now; 0 in evaluation."""
+    return float(module.p) if module.training and isinstance(module, nn.Dropout) else 0.0
+
+
+def drop(module: nn.Module, x: Tensor) -> Tensor:
+    return x if is_plain(module, nn.Dropout) and dropout_rate(module) == 0.0 else module(x)
+
+
+def normalise(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """norm(x + residual), fused where `norm` is a plain LayerNorm."""
+    if is_plain(norm, nn.LayerNorm, LayerNorm):
+        assert isinstance(norm, nn.LayerNorm)
+        if len(norm.normalized_shape) == 1 and norm.weight is not None and norm.bias is not None:
+            return functional.layer_norm(x, norm.weight, norm.bias, norm.eps, residual)
+    result: Tensor = norm(x if residual is None else x + residual)
+    return result
+
+
+def expand(linear: nn.Module, activation: Activation, x: Tensor) -> Tensor:
+    """activation(linear(x)); the bias of a plain linear layer is added by the GELU kernel."""
+    if not isinstance(activation, str):
+        return activation(linear(x))
+    if is_plain(linear, nn.Linear) and linear.bias is not None:
+        assert isinstance(linear, nn.Linear)
+        return functional.gelu(F.linear(x, linear.weight), linear.bias, activation)
+    return functional.gelu(linear(x), None, activation)
+
+
+def encoder_layer(parts: EncoderLayerParts, hidden_states: Tensor, batch: PackedBatch) -> Tensor:
+    """One post-norm encoder layer (Devlin et al. 2018; Vaswani et al. 2017, section 3.1) on packed rows.
+
+    Args:
+        parts: its modules.
+        hidden_states: (tokens, hidden_size).
+        batch: the boundaries.
+
+    Returns:
+        (tokens, hidden_size).
+    """
+    heads = (-1, parts.head_size)
+    context = functional.attention(
+        parts.query(hidden_states).unflatten(-1, heads),
+        parts.key(hidden_states).unflatten(-1, heads),
+        parts.value(hidden_states).unflatten(-1, heads),
+        batch.cu_seqlens,
+        batch.max_seqlen,
+        tiles=batch.tiles,
+        dropout_p=dropout_rate(parts.attention_dropout),
+    ).flatten(1)
+    attended = drop(parts.attention_output_dropout, parts.attention_output(context))
+    attended = normalise(parts.attention_norm, attended, hidden_states)
+    expanded = expand(parts.intermediate, parts.activation, attended)
+    contracted = drop(parts.output_dropout, parts.output(expanded))
+    return normalise(parts.output_norm, contracted, attended)
+
+
+class EncoderLayer(nn.Module):
+    """An encoder layer that owns its parts."""
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        num_heads: int,
+        intermediate_size: int,
+        activation: Activation,
+        attention_dropout: float,
+        hidden_dropout: float,
+        layer_norm_eps: float,
+    ) -> None:
+        super().__init__()
+        self.head_size = hidden_size // num_heads
+        self.activation = activation
+        self.query = nn.Linear(hidden_size, hidden_size)
+        self.key = nn.Linear(hidden_size, hidden_size)
+        self.value = nn.Linear(hidden_size, hidden_size)
+        self.attention_dropout = nn.Dropout(attention_dropout)
+        self.attention_output = nn.Linear(hidden_size, hidden_size)
+        self.attention_output_dropout = nn.Dropout(hidden_dropout)
+        self.attention_norm = LayerNorm(hidden_size, eps=layer_norm_eps)
+        self.intermediate = nn.Linear(hidden_size, intermediate_size)
+        self.output = nn.Linear(intermediate_size, hidden_size)
+        self.output_dropout = nn.Dropout(hidden_dropout)
+        self.output_norm = LayerNorm(hidden_size, eps=layer_norm_eps)
+
+    def forward(self, hidden_states: Tensor, batch: PackedBatch) -> Tensor:
+        """(tokens, hidden_size) -> (tokens, hidden_size)."""
+        return encoder_layer(self, hidden_states, batch)
+
+
+class EmbeddingParts(Protocol):
+    """What the embedding of a batch is made of."""
+
+    @property
+    def word(self) -> nn.Module: ...
+    @property
+    def position(self) -> nn.Module: ...
+    @property
+    def token_type(self) -> nn.Module: ...
+    @property
+    def norm(self) -> nn.Module: ...
+    @property
+    def dropout(self) -> nn.Module: ...
+
+
+def embed(parts: EmbeddingParts, batch: PackedBatch, inputs_embeds: Tensor | None = None) -> Tensor:
+    """Word, token-type and position embeddings, normalised (Devlin et al. 2018, figure 2).
+
+    Args:
+        parts: its modules.
+        batch: ids (unless inputs_embeds is given), token types and positions.
+        inputs_embeds: (tokens, hidden_size) in place of the word embeddings.
+
+    Returns:
+        (tokens, hidden_size).
+    """
+    words = parts.word(batch.ids) if inputs_embeds is None else inputs_embeds
+    if batch.token_types is not None:
+        types = parts.token_type(batch.token_types)
+    elif is_plain(parts.token_type, nn.Embedding):
+        assert isinstance(parts.token_type, nn.Embedding)
+        types = parts.token_type.weight[0]
+    else:
+        types = parts.token_type(torch.zeros_like(batch.positions))
+    return drop(parts.dropout, normalise(parts.norm, parts.position(batch.positions), words + types))

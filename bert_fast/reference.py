@@ -1,0 +1,135 @@
+"""The oracle: BERT in plain torch, one sequence and one step at a time, in whatever dtype the weights have.
+
+Nothing here is fast or shared with the code that it checks. In float64 its error is far below that of any other path,
+so it decides what the right answer is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .config import ACTIVATIONS, BertConfig
+
+
+class ReferenceOutput(NamedTuple):
+    """
+    Attributes:
+        hidden_states: embeddings and every layer's output, each (batch, length, hidden_size).
+        pooled: tanh of the pooler's linear layer on the first token, (batch, hidden_size); None without a pooler.
+    """
+
+    hidden_states: list[Tensor]
+    pooled: Tensor | None
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+    """LayerNorm of x + residual over the last dimension (Ba et al. 2016)."""
+    if residual is not None:
+        x = x + residual
+    centred = x - x.mean(-1, keepdim=True)
+    variance = (centred * centred).mean(-1, keepdim=True)
+    return centred / torch.sqrt(variance + eps) * weight + bias
+
+
+def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
+    """GELU of x + bias (Hendrycks and Gimpel 2016), by erf or by the tanh formula."""
+    if bias is not None:
+        x = x + bias
+    if approximate == "tanh":
+        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Attention of queries (queries, heads, size) over keys and values (keys, heads, size); zeros without a key."""
+    if k.shape[0] == 0:
+        return torch.zeros_like(q)
+    scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+    return torch.einsum("hqk,khd->qhd", torch.softmax(scores, -1), v)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, num_keys: Tensor | None = None
+) -> Tensor:
+    """Attention within packed sequences.
+
+    Args:
+        q, k, v: (tokens, heads, head_size).
+        cu_seqlens: (sequences + 1,) bounds of the sequences.
+        scale: factor of the scores.
+        num_keys: (sequences,) how many of a sequence's first rows are keys; None: all.
+
+    Returns:
+        (tokens, heads, head_size).
+    """
+    bounds = cu_seqlens.tolist()
+    outputs = []
+    for sequence, (start, stop) in enumerate(pairwise(bounds)):
+        last_key = stop if num_keys is None else start + int(num_keys[sequence])
+        outputs.append(attend(q[start:stop], k[start:last_key], v[start:last_key], scale))
+    return torch.cat(outputs) if outputs else torch.zeros_like(q)
+
+
+def bert(
+    weights: Mapping[str, Tensor],
+    config: BertConfig,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+) -> ReferenceOutput:
+    """The encoder of Devlin et al. (2018) on a padded batch; no dropout.
+
+    Args:
+        weights: tensors under Hugging Face's BertModel names ("encoder.layer.0.attention.self.query.weight", ...).
+        config: sizes; hidden_act and layer_norm_eps matter here.
+        input_ids: (batch, length), or None with inputs_embeds (batch, length, hidden_size).
+        attention_mask: (batch, length), not zero where a token is attended to; None: everywhere. Other tokens are
+            computed all the same, as queries.
+        token_type_ids: (batch, length); None: zeros.
+        position_ids: (batch or 1, length); None: the column.
+    """
+    words = weights["embeddings.word_embeddings.weight"]
+    embedded = words[input_ids] if inputs_embeds is None else inputs_embeds
+    batch, length = embedded.shape[:2]
+    types = torch.zeros(batch, length, dtype=torch.long) if token_type_ids is None else token_type_ids
+    columns = torch.arange(length)[None] if position_ids is None else position_ids
+    valid = torch.ones(batch, length) if attention_mask is None else attention_mask
+    embedded = embedded + weights["embeddings.token_type_embeddings.weight"][types]
+    embedded = embedded + weights["embeddings.position_embeddings.weight"][columns]
+
+    def normalise(name: str, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return layer_norm(x, weights[f"{name}.weight"], weights[f"{name}.bias"], config.layer_norm_eps, residual)
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+    def split(x: Tensor) -> Tensor:
+        return x.view(batch, length, config.num_attention_heads, config.head_size)
+
+    hidden = normalise("embeddings.LayerNorm", embedded)
+    hidden_states = [hidden]
+    for index in range(config.num_hidden_layers):
+        layer = f"encoder.layer.{index}"
+        q, k, v = (split(linear(f"{layer}.attention.self.{name}", hidden)) for name in ("query", "key", "value"))
+        context = []
+        for row in range(batch):
+            keys = torch.nonzero(valid[row]).flatten()
+            context.append(attend(q[row], k[row, keys], v[row, keys], 1 / math.sqrt(config.head_size)).flatten(1))
+        attended = linear(f"{layer}.attention.output.dense", torch.stack(context) if context else hidden)
+        attended = normalise(f"{layer}.attention.output.LayerNorm", attended, hidden)
+        expanded = gelu(linear(f"{layer}.intermediate.dense", attended), approximate=ACTIVATIONS[config.hidden_act])
+        hidden = normalise(f"{layer}.output.LayerNorm", linear(f"{layer}.output.dense", expanded), attended)
+        hidden_states.append(hidden)
+
+    pooled = None
+    if "pooler.dense.weight" in weights:
+        pooled = torch.tanh(linear("pooler.dense", hidden[:, 0]))
+    return ReferenceOutput(hidden_states, pooled)

@@ -1,0 +1,202 @@
+"""swap and restore: an instance's class gives way to a subclass that differs in `forward` alone.
+
+The subclass keeps the class's name and module, so that configurations, registries and checkpoints written by the model
+name the class that everyone has. No module, parameter or buffer is touched.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from torch import nn
+
+from .bert import FAMILY as BERT
+from .family import Call, Family, kept_rows
+
+FAMILIES: tuple[Family, ...] = (BERT,)
+
+Model = TypeVar("Model", bound=nn.Module)
+
+FAST = "fast"
+
+
+class Swapped:
+    """Marks a swapped class. The attributes belong to the class, but for `bert_fast_calls`, which counts paths."""
+
+    bert_fast_family: Family
+    bert_fast_base: type[nn.Module]
+    bert_fast_calls: Counter[str]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time: pickle and deepcopy rebuild it from the class that can be imported.
+        state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+        return _rebuild, (self.bert_fast_base,), state
+
+
+def _rebuild(base: type[nn.Module]) -> nn.Module:
+    make = _class_maker(base)
+    cls = base if make is None else make()
+    return cls.__new__(cls)
+
+
+def bind(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def argument_names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(p.name for p in inspect.signature(forward).parameters.values() if p.kind in kinds)[1:]
+
+
+def _make_class(base: Any, family: Family, forward: Callable[..., Any]) -> type[nn.Module]:
+    attributes = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "forward": functools.wraps(base.forward)(forward),
+        "bert_fast_family": family,
+        "bert_fast_base": base,
+    }
+    cls: type[nn.Module] = type(base.__name__, (Swapped, base), attributes)
+    return cls
+
+
+@functools.cache
+def _encoder_class(base: Any, family: Family) -> type[nn.Module]:
+    names = argument_names(base.forward)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        call = bind(names, args, kwargs)
+        reason = family.refusal(self, call)
+        count(self, reason or FAST)
+        return family.run(self, call) if reason is None else base.forward(self, *args, **kwargs)
+
+    return _make_class(base, family, forward)
+
+
+@functools.cache
+def _head_class(base: Any, family: Family, rows_of: Callable[[Call], Any]) -> type[nn.Module]:
+    names = argument_names(base.forward)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        token = kept_rows.set(rows_of(bind(names, args, kwargs)))
+        try:
+            return base.forward(self, *args, **kwargs)
+        finally:
+            kept_rows.reset(token)
+
+    return _make_class(base, family, forward)
+
+
+def count(model: nn.Module, path: str) -> None:
+    """Notes which path a call took; says so the first time that it is not the fast one."""
+    calls: Counter[str] | None = model.__dict__.get("bert_fast_calls")
+    if calls is None:
+        calls = Counter()
+        object.__setattr__(model, "bert_fast_calls", calls)
+    calls[path] += 1
+    if path != FAST and calls[path] == 1:
+        warnings.warn(f"bert_fast: {type(model).__name__} takes its original path: {path}", stacklevel=4)
+
+
+def _class_maker(base: Any) -> Callable[[], type[nn.Module]] | None:
+    """How to make the swapped class of an encoder or head that is known, or None.
+
+    A subclass counts as long as it keeps the forward that the family replaces.
+    """
+    for family in FAMILIES:
+        module = sys.modules.get(family.module)
+        if module is None:  # nobody has imported the family, so no model is of it
+            continue
+        encoder = getattr(module, family.encoder)
+        if issubclass(base, encoder) and base.forward is encoder.forward:
+            return functools.partial(_encoder_class, base, family)
+        for name, rows_of in family.kept_rows.items():
+            head = getattr(module, name, None)
+            if head is not None and issubclass(base, head) and base.forward is head.forward:
+                return functools.partial(_head_class, base, family, rows_of)
+    return None
+
+
+def _is_encoder(module: nn.Module) -> bool:
+    if not isinstance(module, Swapped):
+        return False
+    return module.bert_fast_family.encoder in {cls.__name__ for cls in type(module).__mro__}
+
+
+def swapped_encoders(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of every swapped encoder in the model."""
+    return ((name, module) for name, module in model.named_modules() if _is_encoder(module))
+
+
+def is_off() -> bool:
+    """Whether BERT_FAST=off stands in the environment."""
+    return os.environ.get("BERT_FAST", "").lower() == "off"
+
+
+def swap(model: Model) -> Model:
+    """Gives every known encoder in the model the fast forward, in place. Once swapped, a model stays as it is.
+
+    Parameters, their names, hooks, the training mode and the class's name stay; calls that the fast path does not serve
+    take the original one, with a warning that names the reason.
+
+    Args:
+        model: a transformers model, a SentenceTransformer, or any module that holds one.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError: not a module.
+        ValueError: nothing in it is known; the message lists what is.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}; a torch.nn.Module is needed")
+    if is_off():
+        warnings.warn("BERT_FAST=off is set: bert_fast.swap leaves the model as it is", stacklevel=2)
+        return model
+    modules = [module for module in model.modules() if not isinstance(module, Swapped)]
+    makers = [(module, make) for module in modules if (make := _class_maker(type(module))) is not None]
+    for module, _ in makers:
+        if "forward" in module.__dict__:
+            raise ValueError(
+                f"{type(module).__name__} has a forward of its own on the instance ({module.__dict__['forward']!r}); "
+                "swap the model before anything wraps it"
+            )
+    for module, make in makers:
+        module.__class__ = make()
+    if next(swapped_encoders(model), None) is None:
+        known = ", ".join(f"{family.name} ({family.module}.{family.encoder})" for family in FAMILIES)
+        raise ValueError(f"{type(model).__name__} holds no encoder that bert_fast knows; it knows {known}")
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undoes swap exactly, in place; a model that is not swapped stays as it is. Returns the same object."""
+    for module in model.modules():
+        if isinstance(module, Swapped):
+            module.__class__ = module.bert_fast_base  # type: ignore[assignment]
+            module.__dict__.pop("bert_fast_calls", None)
+    return model
+
+
+@contextmanager
+def original(model: nn.Module) -> Iterator[None]:
+    """Within it the model is as before swap."""
+    modules: list[Any] = [module for module in model.modules() if isinstance(module, Swapped)]
+    classes = [(module, type(module)) for module in modules]
+    for module, cls in classes:
+        module.__class__ = cls.bert_fast_base
+    try:
+        yield
+    finally:
+        for module, cls in classes:
+            module.__class__ = cls

@@ -1,0 +1,38 @@
+"""What swapping needs to know of a model family. Each family is one small module beside this one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+Call = Mapping[str, Any]
+"""The arguments of a forward call by name, defaults left out."""
+
+# Rows that a head reads although the mask hides them; set by the head around its encoder's call.
+kept_rows: ContextVar[Tensor | None] = ContextVar("bert_fast_kept_rows", default=None)
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """
+    Attributes:
+        name: for people.
+        module: the Python module that defines the classes.
+        encoder: the class whose forward is replaced.
+        refusal: why a call takes the original path, or None.
+        run: the fast forward of the encoder.
+        oracle: the encoder's last hidden state (batch, length, hidden_size), in float64 on the CPU.
+        kept_rows: for heads that read hidden rows: class -> (call -> (batch, length) bool, or None).
+    """
+
+    name: str
+    module: str
+    encoder: str
+    refusal: Callable[[Any, Call], str | None]
+    run: Callable[[Any, Call], Any]
+    oracle: Callable[[Any, Call], Tensor]
+    kept_rows: Mapping[str, Callable[[Call], Tensor | None]]

@@ -1,0 +1,195 @@
+"""verify: is the swapped model the same model? Its errors beside the original's, both against float64."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .core import argument_names, bind, original, swapped_encoders
+
+# An error may be twice the original's, and this many units in the last place of the largest value where both are tiny.
+FACTOR = 2.0
+UNITS = 16.0
+
+
+class VerificationError(ArithmeticError):
+    """The swapped model's error is out of bounds; `result` has the figures."""
+
+    def __init__(self, result: Verification) -> None:
+        super().__init__(f"the swapped model is out of bounds\n{result}")
+        self.result = result
+
+
+@dataclass(frozen=True)
+class TensorCheck:
+    """One tensor, compared where the mask has tokens.
+
+    Attributes:
+        name: where it comes from.
+        error: max abs difference of the swapped model's value from float64's.
+        original_error: the same for the unswapped model.
+        difference: max abs difference between the two.
+        bound: what `error` may be.
+        cosine: smallest cosine between a row of the two.
+    """
+
+    name: str
+    error: float
+    original_error: float
+    difference: float
+    bound: float
+    cosine: float
+
+    @property
+    def is_within(self) -> bool:
+        return self.error <= self.bound  # false for NaN
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The figures of one call of verify."""
+
+    checks: tuple[TensorCheck, ...]
+
+    @property
+    def is_within(self) -> bool:
+        return all(check.is_within for check in self.checks)
+
+    def __str__(self) -> str:
+        width = max(len(check.name) for check in self.checks)
+        lines = [f"{'tensor':<{width}}  {'error':>9}  {'original':>9}  {'bound':>9}  {'difference':>10}  {'cosine':>9}"]
+        for c in self.checks:
+            mark = "" if c.is_within else "  out of bounds"
+            lines.append(
+                f"{c.name:<{width}}  {c.error:9.2e}  {c.original_error:9.2e}  {c.bound:9.2e}  {c.difference:10.2e}"
+                f"  {c.cosine:9.7f}{mark}"
+            )
+        return "\n".join(lines)
+
+
+def _floats(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Every floating tensor in a model's output, with a name."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield name, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _floats(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _floats(item, f"{name}[{index}]" if name else str(index))
+
+
+def _check(name: str, ours: Tensor, theirs: Tensor, exact: Tensor, mask: Tensor | None) -> TensorCheck:
+    eps = torch.finfo(ours.dtype).eps
+    values = [x.detach().to("cpu", torch.float64) for x in (ours, theirs, exact)]
+    if mask is not None and values[0].dim() >= 2 and values[0].shape[:2] == mask.shape:
+        values = [x[mask] for x in values]
+    a, b, c = values
+    if a.numel() == 0:
+        return TensorCheck(name, 0.0, 0.0, 0.0, 0.0, 1.0)
+    original_error = (b - c).abs().max().item()
+    bound = FACTOR * original_error + UNITS * eps * c.abs().max().item()
+    rows_a, rows_b = (x.reshape(-1, x.shape[-1] if x.dim() else 1) for x in (a, b))
+    cosine = torch.nn.functional.cosine_similarity(rows_a, rows_b, dim=-1, eps=1e-30)
+    cosine = torch.where((rows_a == rows_b).all(-1), 1.0, cosine)
+    return TensorCheck(
+        name, (a - c).abs().max().item(), original_error, (a - b).abs().max().item(), bound, cosine.min().item()
+    )
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _call(model: nn.Module, batch: Mapping[str, Any]) -> Any:
+    """A SentenceTransformer takes its features as one dictionary, other models as keyword arguments."""
+    if type(model).__module__.startswith("sentence_transformers."):
+        return model(dict(batch))
+    return model(**batch)
+
+
+def _run(model: nn.Module, batch: Mapping[str, Any], encoders: Mapping[str, nn.Module]) -> tuple[Any, dict[str, Any]]:
+    """The model's output; for each encoder that ran, its arguments by name and its last hidden state."""
+    seen: dict[str, Any] = {}
+    handles = []
+    for name, module in encoders.items():
+
+        def record(module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
+            seen[name] = (bind(argument_names(type(module).forward), args, kwargs), output[0])
+
+        handles.append(module.register_forward_hook(record, with_kwargs=True))
+    try:
+        return _call(model, batch), seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _run_exact(model: nn.Module, batch: Mapping[str, Any]) -> Any:
+    """The output of a float64 copy of the model, on the CPU."""
+    inputs = {}
+    for name, value in batch.items():
+        if isinstance(value, Tensor):
+            value = value.detach().to("cpu", torch.float64 if value.is_floating_point() else value.dtype)
+        inputs[name] = value
+    return _call(copy.deepcopy(model).to("cpu", torch.float64), inputs)
+
+
+def verify(model: nn.Module, batch: Any) -> Verification:
+    """Runs one batch through the swapped model, the original and float64, in evaluation mode.
+
+    Args:
+        model: swapped.
+        batch: the keyword arguments of its forward (a dict or BatchEncoding); for a SentenceTransformer its features,
+            or a list of texts.
+
+    Returns:
+        The errors of every floating tensor in the output and of each encoder's last hidden state, at the tokens.
+
+    Raises:
+        ValueError: nothing is swapped.
+        VerificationError: an error is above twice the original's plus 16 units in the last place.
+    """
+    encoders = dict(swapped_encoders(model))
+    if not encoders:
+        raise ValueError(f"{type(model).__name__} is not swapped; there is nothing to compare")
+    if isinstance(batch, (list, tuple)):
+        device = next(model.parameters()).device
+        batch = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in model.tokenize(batch).items()}  # type: ignore[operator]
+    mask = batch.get("attention_mask")
+    tokens = mask.detach().cpu() != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    with _evaluation(model):
+        ours, our_states = _run(model, batch, encoders)
+        with original(model):
+            theirs, their_states = _run(model, batch, encoders)
+            exact = _run_exact(model, batch)
+        checks = []
+        for name, module in encoders.items():
+            if name not in our_states:
+                continue
+            call, state = our_states[name]
+            oracle = type(module).bert_fast_family.oracle(module, call)  # type: ignore[attr-defined]
+            call_mask = call.get("attention_mask")
+            rows = None if call_mask is None or call_mask.dim() != 2 else call_mask.cpu() != 0
+            checks.append(_check(f"{name or 'encoder'}: last hidden state", state, their_states[name][1], oracle, rows))
+    for (name, a), (_, b), (_, c) in zip(_floats(ours, ""), _floats(theirs, ""), _floats(exact, ""), strict=True):
+        checks.append(_check(name or "output", a, b, c, tokens))
+    result = Verification(tuple(checks))
+    if not result.is_within:
+        raise VerificationError(result)
+    return result

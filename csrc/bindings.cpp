@@ -1,0 +1,413 @@
+// The Python module bert_fast._C: checks arguments, releases the interpreter's lock, calls. No work is done here.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <initializer_list>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "cpu/kernels.h"
+#include "masking.h"
+
+namespace py = pybind11;
+using namespace bert_fast;
+
+namespace {
+
+static_assert(sizeof(Tile) == 4 * sizeof(int32_t), "tiles cross into Python as rows of four int32");
+
+[[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
+
+std::string shape_text(const py::array& array) {
+    std::string text = "(";
+    for (py::ssize_t i = 0; i < array.ndim(); ++i) text += (i > 0 ? ", " : "") + std::to_string(array.shape(i));
+    return text + ")";
+}
+
+template <typename T>
+void check_dtype(const py::array& array, const char* name) {
+    if (!py::isinstance<py::array_t<T>>(array))
+        fail(std::string(name) + " has dtype " + py::str(array.dtype()).cast<std::string>() + "; " +
+             py::str(py::dtype::of<T>()).cast<std::string>() + " is needed");
+}
+
+// A C-contiguous array of exactly this dtype and shape.
+template <typename T>
+const T* input(const py::array& array, const char* name, std::initializer_list<int64_t> shape) {
+    check_dtype<T>(array, name);
+    bool fits = array.ndim() == static_cast<py::ssize_t>(shape.size());
+    std::string wanted;
+    py::ssize_t axis = 0;
+    for (int64_t size : shape) {
+        fits = fits && array.shape(axis) == size;
+        wanted += (axis > 0 ? ", " : "") + std::to_string(size);
+        ++axis;
+    }
+    if (!fits) fail(std::string(name) + " has shape " + shape_text(array) + "; (" + wanted + ") is needed");
+    if (array.size() > 0 && (array.flags() & py::array::c_style) == 0) fail(std::string(name) + " must be contiguous");
+    return static_cast<const T*>(array.data());
+}
+
+template <typename T>
+const T* optional_input(const std::optional<py::array>& array, const char* name, std::initializer_list<int64_t> shape) {
+    return array ? input<T>(*array, name, shape) : nullptr;
+}
+
+template <typename T>
+T* output(py::array& array, const char* name, std::initializer_list<int64_t> shape) {
+    input<T>(array, name, shape);
+    return static_cast<T*>(array.mutable_data());
+}
+
+void check_rank(const py::array& array, const char* name, py::ssize_t rank) {
+    if (array.ndim() != rank)
+        fail(std::string(name) + " has shape " + shape_text(array) + "; " + std::to_string(rank) + " dimensions are needed");
+}
+
+int checked_threads(int threads) {
+    if (threads < 1) fail("threads is " + std::to_string(threads) + "; it must be at least 1");
+    return threads;
+}
+
+void check_tile_size(int64_t tile_size) {
+    if (tile_size < 1) fail("tile_size is " + std::to_string(tile_size) + "; it must be at least 1");
+}
+
+template <typename T>
+py::array_t<T> to_array(const std::vector<T>& values) {
+    return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
+}
+
+// ---- masking -------------------------------------------------------------------------------------------------------
+
+MaskType mask_type(const py::array& mask) {
+    if (py::isinstance<py::array_t<bool>>(mask) || py::isinstance<py::array_t<uint8_t>>(mask) ||
+        py::isinstance<py::array_t<int8_t>>(mask))
+        return MaskType::uint8;
+    if (py::isinstance<py::array_t<int16_t>>(mask)) return MaskType::int16;
+    if (py::isinstance<py::array_t<int32_t>>(mask)) return MaskType::int32;
+    if (py::isinstance<py::array_t<int64_t>>(mask)) return MaskType::int64;
+    if (py::isinstance<py::array_t<float>>(mask)) return MaskType::float32;
+    if (py::isinstance<py::array_t<double>>(mask)) return MaskType::float64;
+    fail("mask has dtype " + py::str(mask.dtype()).cast<std::string>() +
+         "; bool, uint8, int8, int16, int32, int64, float32 or float64 is needed");
+}
+
+py::tuple unpad(const py::array& mask, const std::optional<py::array>& keep, bool keep_first, int64_t tile_size,
+                int threads) {
+    check_rank(mask, "mask", 2);
+    const MaskView view{mask.data(), mask_type(mask), mask.shape(0), mask.shape(1)};
+    if (mask.size() > 0 && (mask.flags() & py::array::c_style) == 0) fail("mask must be contiguous");
+    const bool* keep_data = optional_input<bool>(keep, "keep", {view.rows, view.columns});
+    const auto* keep_bytes = reinterpret_cast<const uint8_t*>(keep_data);
+    check_tile_size(tile_size);
+    checked_threads(threads);
+    RowCounts counts;
+    {
+        py::gil_scoped_release release;
+        counts = count_rows(view, keep_bytes, keep_first, tile_size, threads);
+    }
+    py::array_t<int64_t> indices(counts.total);
+    py::array_t<int64_t> positions(counts.total);
+    py::array_t<int32_t> cu_seqlens(view.rows + 1);
+    py::array_t<int32_t> num_keys(view.rows);
+    py::array_t<int32_t> tiles({counts.num_tiles, int64_t{4}});
+    int64_t* indices_data = indices.mutable_data();
+    int64_t* positions_data = positions.mutable_data();
+    int32_t* cu_seqlens_data = cu_seqlens.mutable_data();
+    int32_t* num_keys_data = num_keys.mutable_data();
+    auto* tiles_data = reinterpret_cast<Tile*>(tiles.mutable_data());
+    {
+        py::gil_scoped_release release;
+        fill_packing(view, keep_bytes, keep_first, counts, tile_size, threads, indices_data, positions_data,
+                     cu_seqlens_data, num_keys_data, tiles_data);
+    }
+    return py::make_tuple(indices, positions, cu_seqlens, num_keys, tiles, counts.max_seqlen);
+}
+
+py::array_t<int32_t> tiles(const py::array& cu_seqlens, const std::optional<py::array>& num_keys, int64_t tile_size) {
+    check_rank(cu_seqlens, "cu_seqlens", 1);
+    if (cu_seqlens.shape(0) < 1) fail("cu_seqlens is empty; it holds one entry more than there are sequences");
+    check_tile_size(tile_size);
+    const int64_t sequences = cu_seqlens.shape(0) - 1;
+    const int32_t* bounds = input<int32_t>(cu_seqlens, "cu_seqlens", {sequences + 1});
+    const int32_t* keys = optional_input<int32_t>(num_keys, "num_keys", {sequences});
+    std::vector<Tile> list;
+    {
+        py::gil_scoped_release release;
+        list = make_tiles(bounds, keys, sequences, tile_size);
+    }
+    py::array_t<int32_t> result({static_cast<int64_t>(list.size()), int64_t{4}});
+    if (!list.empty()) std::memcpy(result.mutable_data(), list.data(), list.size() * sizeof(Tile));
+    return result;
+}
+
+void pad(const py::array& packed, const py::array& indices, py::array& out, int threads) {
+    check_rank(packed, "packed", 2);
+    check_rank(out, "out", 2);
+    const int64_t rows = packed.shape(0);
+    const int64_t row_bytes = packed.shape(1);
+    const int64_t out_rows = out.shape(0);
+    const uint8_t* from = input<uint8_t>(packed, "packed", {rows, row_bytes});
+    const int64_t* places = input<int64_t>(indices, "indices", {rows});
+    uint8_t* to = output<uint8_t>(out, "out", {out_rows, row_bytes});
+    checked_threads(threads);
+    py::gil_scoped_release release;
+    pad_rows(reinterpret_cast<const std::byte*>(from), places, rows, row_bytes, out_rows, threads,
+             reinterpret_cast<std::byte*>(to));
+}
+
+py::tuple pack_sequences(const py::array& lengths, int64_t capacity) {
+    check_rank(lengths, "lengths", 1);
+    const int64_t count = lengths.shape(0);
+    const int64_t* data = input<int64_t>(lengths, "lengths", {count});
+    Bins bins;
+    {
+        py::gil_scoped_release release;
+        bins = pack(data, count, capacity);
+    }
+    return py::make_tuple(to_array(bins.order), to_array(bins.offsets));
+}
+
+py::array_t<int64_t> mask_token_ids(const py::array& ids, const std::optional<py::array>& word_ids,
+                                    const std::vector<int64_t>& special_ids, const std::string& unit,
+                                    double probability, double mask_probability, double random_probability,
+                                    int64_t mask_id, int64_t vocab_size, int64_t max_span, uint64_t seed,
+                                    uint64_t first_row, py::array& masked_ids, py::array& labels, int threads) {
+    check_rank(ids, "ids", 2);
+    const int64_t rows = ids.shape(0);
+    const int64_t columns = ids.shape(1);
+    MaskingRule rule;
+    if (unit == "token") {
+        rule.unit = MaskUnit::token;
+    } else if (unit == "word") {
+        rule.unit = MaskUnit::word;
+    } else if (unit == "span") {
+        rule.unit = MaskUnit::span;
+    } else {
+        fail("unit is \"" + unit + "\"; it must be token, word or span");
+    }
+    rule.probability = probability;
+    rule.mask_probability = mask_probability;
+    rule.random_probability = random_probability;
+    rule.mask_id = mask_id;
+    rule.vocab_size = vocab_size;
+    rule.max_span = max_span;
+    rule.seed = seed;
+    rule.first_row = first_row;
+    const int64_t* ids_data = input<int64_t>(ids, "ids", {rows, columns});
+    const int32_t* words = optional_input<int32_t>(word_ids, "word_ids", {rows, columns});
+    int64_t* masked_data = output<int64_t>(masked_ids, "masked_ids", {rows, columns});
+    int64_t* labels_data = output<int64_t>(labels, "labels", {rows, columns});
+    checked_threads(threads);
+    std::vector<int64_t> places;
+    {
+        py::gil_scoped_release release;
+        places = mask_tokens(ids_data, words, rows, columns, special_ids, rule, threads, masked_data, labels_data);
+    }
+    return to_array(places);
+}
+
+// ---- CPU kernels ---------------------------------------------------------------------------------------------------
+
+// (tokens, heads, head_size) with any distance between tokens, heads side by side.
+cpu::ConstRows heads_view(const py::array& array, const char* name, int64_t tokens, int64_t heads, int64_t head_size) {
+    check_dtype<float>(array, name);
+    check_rank(array, name, 3);
+    if (array.shape(0) != tokens || array.shape(1) != heads || array.shape(2) != head_size)
+        fail(std::string(name) + " has shape " + shape_text(array) + "; (" + std::to_string(tokens) + ", " +
+             std::to_string(heads) + ", " + std::to_string(head_size) + ") is needed");
+    constexpr int64_t item = sizeof(float);
+    const bool is_dense = (head_size == 1 || array.strides(2) == item) &&
+                          (heads == 1 || array.strides(1) == head_size * item) && array.strides(0) % item == 0;
+    if (array.size() > 0 && !is_dense) fail(std::string(name) + " must be contiguous within a token");
+    return {static_cast<const float*>(array.data()), array.strides(0) / item};
+}
+
+cpu::Rows heads_output(py::array& array, const char* name, int64_t tokens, int64_t heads, int64_t head_size) {
+    const cpu::ConstRows rows = heads_view(array, name, tokens, heads, head_size);
+    return {static_cast<float*>(array.mutable_data()), rows.stride};
+}
+
+cpu::AttentionShape attention_shape(const py::array& q, const py::array& tiles, int64_t tile_size, float scale) {
+    check_rank(q, "q", 3);
+    check_rank(tiles, "tiles", 2);
+    check_tile_size(tile_size);
+    const auto* list = reinterpret_cast<const Tile*>(input<int32_t>(tiles, "tiles", {tiles.shape(0), 4}));
+    const cpu::AttentionShape shape{list, tiles.shape(0), tile_size, q.shape(0), q.shape(1), q.shape(2), scale};
+    int64_t covered = 0;
+    for (int64_t i = 0; i < shape.num_tiles; ++i) {
+        const Tile& tile = list[i];
+        const bool fits = tile.sequence_start >= 0 && tile.num_rows >= 1 &&
+                          int64_t{tile.sequence_start} + tile.num_rows <= shape.tokens && tile.num_keys >= 0 &&
+                          tile.num_keys <= tile.num_rows && tile.first_row >= 0 && tile.first_row < tile.num_rows &&
+                          tile.first_row % tile_size == 0;
+        if (!fits)
+            fail("tiles[" + std::to_string(i) + "] is (" + std::to_string(tile.sequence_start) + ", " +
+                 std::to_string(tile.num_rows) + ", " + std::to_string(tile.num_keys) + ", " +
+                 std::to_string(tile.first_row) + "), which does not fit " + std::to_string(shape.tokens) +
+                 " tokens in tiles of " + std::to_string(tile_size));
+        covered += std::min<int64_t>(tile_size, tile.num_rows - tile.first_row);
+    }
+    if (covered != shape.tokens)
+        fail("the sequences hold " + std::to_string(covered) + " tokens and q holds " + std::to_string(shape.tokens));
+    return shape;
+}
+
+void attention(const py::array& q, const py::array& k, const py::array& v, const py::array& tiles, int64_t tile_size,
+               float scale, py::array& out, py::array& log_sum_exp, int threads) {
+    const cpu::AttentionShape shape = attention_shape(q, tiles, tile_size, scale);
+    const auto view = [&](const py::array& a, const char* name) {
+        return heads_view(a, name, shape.tokens, shape.heads, shape.head_size);
+    };
+    const cpu::ConstRows q_rows = view(q, "q"), k_rows = view(k, "k"), v_rows = view(v, "v");
+    const cpu::Rows out_rows = heads_output(out, "out", shape.tokens, shape.heads, shape.head_size);
+    float* lse = output<float>(log_sum_exp, "log_sum_exp", {shape.heads, shape.tokens});
+    checked_threads(threads);
+    py::gil_scoped_release release;
+    cpu::kernels().attention(shape, q_rows, k_rows, v_rows, out_rows, lse, threads);
+}
+
+void attention_backward(const py::array& grad_out, const py::array& q, const py::array& k, const py::array& v,
+                        const py::array& out, const py::array& log_sum_exp, const py::array& tiles, int64_t tile_size,
+                        float scale, py::array& grad_q, py::array& grad_k, py::array& grad_v, int threads) {
+    const cpu::AttentionShape shape = attention_shape(q, tiles, tile_size, scale);
+    const auto view = [&](const py::array& a, const char* name) {
+        return heads_view(a, name, shape.tokens, shape.heads, shape.head_size);
+    };
+    const auto view_output = [&](py::array& a, const char* name) {
+        return heads_output(a, name, shape.tokens, shape.heads, shape.head_size);
+    };
+    const cpu::ConstRows q_rows = view(q, "q"), k_rows = view(k, "k"), v_rows = view(v, "v"), out_rows = view(out, "out"),
+                         grad_out_rows = view(grad_out, "grad_out");
+    const float* lse = input<float>(log_sum_exp, "log_sum_exp", {shape.heads, shape.tokens});
+    const cpu::AttentionGradients grads{view_output(grad_q, "grad_q"), view_output(grad_k, "grad_k"),
+                                        view_output(grad_v, "grad_v")};
+    checked_threads(threads);
+    py::gil_scoped_release release;
+    cpu::kernels().attention_backward(shape, q_rows, k_rows, v_rows, out_rows, lse, grad_out_rows, grads, threads);
+}
+
+void layer_norm(const py::array& x, const std::optional<py::array>& residual, const py::array& weight,
+                    const py::array& bias, float eps, py::array& y, std::optional<py::array>& mean,
+                    std::optional<py::array>& rstd, int threads) {
+    check_rank(x, "x", 2);
+    const int64_t rows = x.shape(0);
+    const int64_t width = x.shape(1);
+    const float* x_data = input<float>(x, "x", {rows, width});
+    const float* residual_data = optional_input<float>(residual, "residual", {rows, width});
+    const float* weight_data = input<float>(weight, "weight", {width});
+    const float* bias_data = input<float>(bias, "bias", {width});
+    float* y_data = output<float>(y, "y", {rows, width});
+    float* mean_data = mean ? output<float>(*mean, "mean", {rows}) : nullptr;
+    float* rstd_data = rstd ? output<float>(*rstd, "rstd", {rows}) : nullptr;
+    checked_threads(threads);
+    py::gil_scoped_release release;
+    cpu::kernels().layer_norm(rows, width, x_data, residual_data, weight_data, bias_data, eps, y_data, mean_data,
+                                  rstd_data, threads);
+}
+
+void layer_norm_backward(const py::array& grad_y, const py::array& x, const std::optional<py::array>& residual,
+                             const py::array& weight, const py::array& mean, const py::array& rstd, py::array& grad_x,
+                             py::array& grad_weight, py::array& grad_bias, int threads) {
+    check_rank(x, "x", 2);
+    const int64_t rows = x.shape(0);
+    const int64_t width = x.shape(1);
+    const float* grad_data = input<float>(grad_y, "grad_y", {rows, width});
+    const float* x_data = input<float>(x, "x", {rows, width});
+    const float* residual_data = optional_input<float>(residual, "residual", {rows, width});
+    const float* weight_data = input<float>(weight, "weight", {width});
+    const float* mean_data = input<float>(mean, "mean", {rows});
+    const float* rstd_data = input<float>(rstd, "rstd", {rows});
+    float* grad_x_data = output<float>(grad_x, "grad_x", {rows, width});
+    float* grad_weight_data = output<float>(grad_weight, "grad_weight", {width});
+    float* grad_bias_data = output<float>(grad_bias, "grad_bias", {width});
+    checked_threads(threads);
+    py::gil_scoped_release release;
+    cpu::kernels().layer_norm_backward(rows, width, grad_data, x_data, residual_data, weight_data, mean_data,
+                                           rstd_data, grad_x_data, grad_weight_data, grad_bias_data, threads);
+}
+
+cpu::Gelu gelu_kind(const std::string& approximate) {
+    if (approximate == "none") return cpu::Gelu::erf;
+    if (approximate == "tanh") return cpu::Gelu::tanh;
+    fail("approximate is \"" + approximate + "\"; it must be none or tanh");
+}
+
+void gelu(const py::array& x, const std::optional<py::array>& bias, const std::string& approximate, py::array& y,
+               int threads) {
+    check_rank(x, "x", 2);
+    const int64_t rows = x.shape(0);
+    const int64_t width = x.shape(1);
+    const float* x_data = input<float>(x, "x", {rows, width});
+    const float* bias_data = optional_input<float>(bias, "bias", {width});
+    const cpu::Gelu kind = gelu_kind(approximate);
+    float* y_data = output<float>(y, "y", {rows, width});
+    checked_threads(threads);
+    py::gil_scoped_release release;
+    cpu::kernels().gelu(rows, width, x_data, bias_data, kind, y_data, threads);
+}
+
+void gelu_backward(const py::array& grad_y, const py::array& x, const std::optional<py::array>& bias,
+                        const std::string& approximate, py::array& grad_x, std::optional<py::array>& grad_bias,
+                        int threads) {
+    check_rank(x, "x", 2);
+    const int64_t rows = x.shape(0);
+    const int64_t width = x.shape(1);
+    const float* grad_data = input<float>(grad_y, "grad_y", {rows, width});
+    const float* x_data = input<float>(x, "x", {rows, width});
+    const float* bias_data = optional_input<float>(bias, "bias", {width});
+    const cpu::Gelu kind = gelu_kind(approximate);
+    float* grad_x_data = output<float>(grad_x, "grad_x", {rows, width});
+    float* grad_bias_data = grad_bias ? output<float>(*grad_bias, "grad_bias", {width}) : nullptr;
+    checked_threads(threads);
+    py::gil_scoped_release release;
+    cpu::kernels().gelu_backward(rows, width, grad_data, x_data, bias_data, kind, grad_x_data, grad_bias_data,
+                                      threads);
+}
+
+bool has_openmp() {
+#ifdef _OPENMP
+    return true;
+#else
+    return false;
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+    module.doc() = "Masking and CPU kernels of bert_fast; use them through bert_fast.masking and bert_fast.functional.";
+    module.def("unpad", &unpad, py::arg("mask"), py::arg("keep"), py::arg("keep_first"), py::arg("tile_size"),
+               py::arg("threads"));
+    module.def("tiles", &tiles, py::arg("cu_seqlens"), py::arg("num_keys"), py::arg("tile_size"));
+    module.def("pad", &pad, py::arg("packed"), py::arg("indices"), py::arg("out"), py::arg("threads"));
+    module.def("pack", &pack_sequences, py::arg("lengths"), py::arg("capacity"));
+    module.def("mask_tokens", &mask_token_ids, py::arg("ids"), py::arg("word_ids"), py::arg("special_ids"),
+               py::arg("unit"), py::arg("probability"), py::arg("mask_probability"), py::arg("random_probability"),
+               py::arg("mask_id"), py::arg("vocab_size"), py::arg("max_span"), py::arg("seed"), py::arg("first_row"),
+               py::arg("masked_ids"), py::arg("labels"), py::arg("threads"));
+    module.def("attention", &attention, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("tiles"),
+               py::arg("tile_size"), py::arg("scale"), py::arg("out"), py::arg("log_sum_exp"), py::arg("threads"));
+    module.def("attention_backward", &attention_backward, py::arg("grad_out"), py::arg("q"), py::arg("k"), py::arg("v"),
+               py::arg("out"), py::arg("log_sum_exp"), py::arg("tiles"), py::arg("tile_size"), py::arg("scale"),
+               py::arg("grad_q"), py::arg("grad_k"), py::arg("grad_v"), py::arg("threads"));
+    module.def("layer_norm", &layer_norm, py::arg("x"), py::arg("residual"), py::arg("weight"), py::arg("bias"),
+               py::arg("eps"), py::arg("y"), py::arg("mean"), py::arg("rstd"), py::arg("threads"));
+    module.def("layer_norm_backward", &layer_norm_backward, py::arg("grad_y"), py::arg("x"),
+               py::arg("residual"), py::arg("weight"), py::arg("mean"), py::arg("rstd"), py::arg("grad_x"),
+               py::arg("grad_weight"), py::arg("grad_bias"), py::arg("threads"));
+    module.def("gelu", &gelu, py::arg("x"), py::arg("bias"), py::arg("approximate"), py::arg("y"),
+               py::arg("threads"));
+    module.def("gelu_backward", &gelu_backward, py::arg("grad_y"), py::arg("x"), py::arg("bias"),
+               py::arg("approximate"), py::arg("grad_x"), py::arg("grad_bias"), py::arg("threads"));
+    module.def("instruction_set", [] { return std::string(cpu::kernels().instruction_set); });
+    module.def("has_openmp", &has_openmp);
+}

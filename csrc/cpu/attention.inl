@@ -1,0 +1,249 @@
+// Attention within packed sequences. Every matrix product below has the form C[m][n] += A[m][k] * B[k][n] with n along
+// the vector lanes, so one small product serves all of them; K and V are copied into lane-aligned scratch per head.
+
+namespace bert_fast::cpu::BERT_FAST_ISA {
+
+constexpr int64_t kRowBlock = 4;            // rows of C held in registers
+constexpr int64_t kColumnBlock = 2 * kLanes;  // columns of C held in registers
+
+// C (m x n) = or += A * B. A is read as a[i * a_row + p * a_column], so it may be transposed; n is a multiple of
+// kColumnBlock, rows of B and C are at least n apart.
+template <int kRows>
+BERT_FAST_INLINE void multiply_block(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row,
+                                     int64_t depth, int64_t columns, float* c, int64_t c_row, bool accumulate) {
+    for (int64_t column = 0; column < columns; column += kColumnBlock) {
+        Vec left[kRows];
+        Vec right[kRows];
+        for (int i = 0; i < kRows; ++i) {
+            if (accumulate) {
+                load(c + i * c_row + column, left[i]);
+                load(c + i * c_row + column + kLanes, right[i]);
+            } else {
+                left[i] = Vec{};
+                right[i] = Vec{};
+            }
+        }
+        const float* b_at = b + column;
+        for (int64_t p = 0; p < depth; ++p, b_at += b_row) {
+            Vec b_left;
+            Vec b_right;
+            load(b_at, b_left);
+            load(b_at + kLanes, b_right);
+            for (int i = 0; i < kRows; ++i) {
+                const float factor = a[i * a_row + p * a_column];
+                left[i] += factor * b_left;
+                right[i] += factor * b_right;
+            }
+        }
+        for (int i = 0; i < kRows; ++i) {
+            store(left[i], c + i * c_row + column);
+            store(right[i], c + i * c_row + column + kLanes);
+        }
+    }
+}
+
+inline void multiply(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row, int64_t rows,
+                     int64_t depth, int64_t columns, float* c, int64_t c_row, bool accumulate) {
+    int64_t row = 0;
+    for (; row + kRowBlock <= rows; row += kRowBlock)
+        multiply_block<kRowBlock>(a + row * a_row, a_row, a_column, b, b_row, depth, columns, c + row * c_row, c_row,
+                                  accumulate);
+    for (; row < rows; ++row)
+        multiply_block<1>(a + row * a_row, a_row, a_column, b, b_row, depth, columns, c + row * c_row, c_row,
+                          accumulate);
+}
+
+// to (rows x padded) = from (rows x width), zeros beyond width.
+inline void copy_padded(const float* from, int64_t from_row, int64_t rows, int64_t width, int64_t padded, float* to) {
+    for (int64_t row = 0; row < rows; ++row) {
+        std::memcpy(to + row * padded, from + row * from_row, width * sizeof(float));
+        std::fill(to + row * padded + width, to + (row + 1) * padded, 0.0f);
+    }
+}
+
+// to (width x padded) = transpose of from (rows x width), zeros beyond rows.
+inline void transpose_padded(const float* from, int64_t from_row, int64_t rows, int64_t width, int64_t padded,
+                             float* to) {
+    for (int64_t column = 0; column < width; ++column) {
+        float* line = to + column * padded;
+        for (int64_t row = 0; row < rows; ++row) line[row] = from[row * from_row + column];
+        std::fill(line + rows, line + padded, 0.0f);
+    }
+}
+
+// Scores become probabilities; returns the logarithm of the sum of exponentials. Columns beyond `keys` become zero.
+inline float softmax_row(float* scores, int64_t keys, int64_t padded, float scale) {
+    float largest = scores[0];
+#pragma omp simd reduction(max : largest)
+    for (int64_t j = 0; j < keys; ++j) largest = scores[j] > largest ? scores[j] : largest;
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < keys; ++j) {
+        const float p = exp_f32((scores[j] - largest) * scale);
+        scores[j] = p;
+        sum += p;
+    }
+    const float inverse = 1.0f / sum;
+#pragma omp simd
+    for (int64_t j = 0; j < keys; ++j) scores[j] *= inverse;
+    std::fill(scores + keys, scores + padded, 0.0f);
+    return largest * scale + std::log(sum);
+}
+
+// Scratch of one thread, reused from item to item.
+struct Scratch {
+    std::vector<float> storage;
+    size_t used = 0;
+    void reset(size_t size) {
+        if (storage.size() < size) storage.resize(size);
+        used = 0;
+    }
+    float* take(size_t size) {
+        float* start = storage.data() + used;
+        used += size;
+        return start;
+    }
+};
+
+inline void attention_tile(const AttentionShape& shape, const Tile& tile, int64_t head, ConstRows q, ConstRows k,
+                           ConstRows v, Rows out, float* log_sum_exp, Scratch& scratch) {
+    const int64_t size = shape.head_size;
+    const int64_t first = int64_t{tile.sequence_start} + tile.first_row;
+    const int64_t queries = std::min<int64_t>(shape.tile_size, tile.num_rows - tile.first_row);
+    const int64_t keys = tile.num_keys;
+    const int64_t offset = head * size;
+    float* lse = log_sum_exp + head * shape.tokens + first;
+    if (keys == 0) {
+        for (int64_t i = 0; i < queries; ++i) {
+            std::fill_n(out.row(first + i) + offset, size, 0.0f);
+            lse[i] = -std::numeric_limits<float>::infinity();
+        }
+        return;
+    }
+    const int64_t padded_keys = round_up(keys, kColumnBlock);
+    const int64_t padded_size = round_up(size, kColumnBlock);
+    scratch.reset(size * padded_keys + keys * padded_size + kRowBlock * (padded_keys + padded_size));
+    float* k_transposed = scratch.take(size * padded_keys);
+    float* v_padded = scratch.take(keys * padded_size);
+    float* scores = scratch.take(kRowBlock * padded_keys);
+    float* result = scratch.take(kRowBlock * padded_size);
+    transpose_padded(k.row(tile.sequence_start) + offset, k.stride, keys, size, padded_keys, k_transposed);
+    copy_padded(v.row(tile.sequence_start) + offset, v.stride, keys, size, padded_size, v_padded);
+
+    for (int64_t row = 0; row < queries; row += kRowBlock) {
+        const int64_t count = std::min(kRowBlock, queries - row);
+        multiply(q.row(first + row) + offset, q.stride, 1, k_transposed, padded_keys, count, size, padded_keys, scores,
+                 padded_keys, false);
+        for (int64_t i = 0; i < count; ++i)
+            lse[row + i] = softmax_row(scores + i * padded_keys, keys, padded_keys, shape.scale);
+        multiply(scores, padded_keys, 1, v_padded, padded_size, count, keys, padded_size, result, padded_size, false);
+        for (int64_t i = 0; i < count; ++i)
+            std::memcpy(out.row(first + row + i) + offset, result + i * padded_size, size * sizeof(float));
+    }
+}
+
+void attention(const AttentionShape& shape, ConstRows q, ConstRows k, ConstRows v, Rows out, float* log_sum_exp,
+               int threads) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        Scratch scratch;
+#pragma omp for schedule(dynamic)
+        for (int64_t item = 0; item < shape.num_tiles * shape.heads; ++item)
+            attention_tile(shape, shape.tiles[item / shape.heads], item % shape.heads, q, k, v, out, log_sum_exp,
+                           scratch);
+    }
+}
+
+// All gradients of one sequence and head, by blocks of kRowBlock queries (Dao 2023, FlashAttention-2, section 3.1).
+inline void attention_grad_sequence(const AttentionShape& shape, const Tile& tile, int64_t head, ConstRows q,
+                                    ConstRows k, ConstRows v, ConstRows out, const float* log_sum_exp,
+                                    ConstRows grad_out, const AttentionGradients& grads, Scratch& scratch) {
+    const int64_t size = shape.head_size;
+    const int64_t start = tile.sequence_start;
+    const int64_t queries = tile.num_rows;
+    const int64_t keys = tile.num_keys;
+    const int64_t offset = head * size;
+    const int64_t padded_keys = round_up(keys, kColumnBlock);
+    const int64_t padded_size = round_up(size, kColumnBlock);
+    const float* lse = log_sum_exp + head * shape.tokens + start;
+    scratch.reset(2 * size * padded_keys + 3 * keys * padded_size + kRowBlock * (2 * padded_keys + 3 * padded_size));
+    float* k_transposed = scratch.take(size * padded_keys);
+    float* v_transposed = scratch.take(size * padded_keys);
+    float* k_padded = scratch.take(keys * padded_size);
+    float* grad_k = scratch.take(keys * padded_size);
+    float* grad_v = scratch.take(keys * padded_size);
+    float* probabilities = scratch.take(kRowBlock * padded_keys);
+    float* grad_scores = scratch.take(kRowBlock * padded_keys);
+    float* q_block = scratch.take(kRowBlock * padded_size);
+    float* grad_out_block = scratch.take(kRowBlock * padded_size);
+    float* grad_q = scratch.take(kRowBlock * padded_size);
+    transpose_padded(k.row(start) + offset, k.stride, keys, size, padded_keys, k_transposed);
+    transpose_padded(v.row(start) + offset, v.stride, keys, size, padded_keys, v_transposed);
+    copy_padded(k.row(start) + offset, k.stride, keys, size, padded_size, k_padded);
+    std::fill_n(grad_k, keys * padded_size, 0.0f);
+    std::fill_n(grad_v, keys * padded_size, 0.0f);
+
+    for (int64_t row = 0; row < queries; row += kRowBlock) {
+        const int64_t count = std::min(kRowBlock, queries - row);
+        if (keys == 0) {
+            for (int64_t i = 0; i < count; ++i) std::fill_n(grads.q.row(start + row + i) + offset, size, 0.0f);
+            continue;
+        }
+        copy_padded(q.row(start + row) + offset, q.stride, count, size, padded_size, q_block);
+        copy_padded(grad_out.row(start + row) + offset, grad_out.stride, count, size, padded_size, grad_out_block);
+        multiply(q_block, padded_size, 1, k_transposed, padded_keys, count, size, padded_keys, probabilities,
+                 padded_keys, false);
+        multiply(grad_out_block, padded_size, 1, v_transposed, padded_keys, count, size, padded_keys, grad_scores,
+                 padded_keys, false);
+        for (int64_t i = 0; i < count; ++i) {
+            const float* out_row = out.row(start + row + i) + offset;
+            const float* grad_out_row = grad_out_block + i * padded_size;
+            float delta = 0.0f;
+#pragma omp simd reduction(+ : delta)
+            for (int64_t d = 0; d < size; ++d) delta += out_row[d] * grad_out_row[d];
+            float* p = probabilities + i * padded_keys;
+            float* ds = grad_scores + i * padded_keys;
+            const float log_sum = lse[row + i];
+#pragma omp simd
+            for (int64_t j = 0; j < keys; ++j) {
+                p[j] = exp_f32(p[j] * shape.scale - log_sum);
+                ds[j] = p[j] * (ds[j] - delta) * shape.scale;
+            }
+            std::fill(p + keys, p + padded_keys, 0.0f);
+            std::fill(ds + keys, ds + padded_keys, 0.0f);
+        }
+        multiply(probabilities, 1, padded_keys, grad_out_block, padded_size, keys, count, padded_size, grad_v,
+                 padded_size, true);
+        multiply(grad_scores, 1, padded_keys, q_block, padded_size, keys, count, padded_size, grad_k, padded_size,
+                 true);
+        multiply(grad_scores, padded_keys, 1, k_padded, padded_size, count, keys, padded_size, grad_q, padded_size,
+                 false);
+        for (int64_t i = 0; i < count; ++i)
+            std::memcpy(grads.q.row(start + row + i) + offset, grad_q + i * padded_size, size * sizeof(float));
+    }
+    for (int64_t j = 0; j < keys; ++j) {
+        std::memcpy(grads.k.row(start + j) + offset, grad_k + j * padded_size, size * sizeof(float));
+        std::memcpy(grads.v.row(start + j) + offset, grad_v + j * padded_size, size * sizeof(float));
+    }
+    for (int64_t j = keys; j < queries; ++j) {
+        std::fill_n(grads.k.row(start + j) + offset, size, 0.0f);
+        std::fill_n(grads.v.row(start + j) + offset, size, 0.0f);
+    }
+}
+
+void attention_backward(const AttentionShape& shape, ConstRows q, ConstRows k, ConstRows v, ConstRows out,
+                        const float* log_sum_exp, ConstRows grad_out, const AttentionGradients& grads, int threads) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        Scratch scratch;
+#pragma omp for schedule(dynamic)
+        for (int64_t item = 0; item < shape.num_tiles * shape.heads; ++item) {
+            const Tile& tile = shape.tiles[item / shape.heads];
+            if (tile.first_row == 0)
+                attention_grad_sequence(shape, tile, item % shape.heads, q, k, v, out, log_sum_exp, grad_out, grads,
+                                        scratch);
+        }
+    }
+}
+
+}  // namespace bert_fast::cpu::BERT_FAST_ISA

@@ -1,0 +1,95 @@
+// Shared by the kernels of one instruction set. BERT_FAST_ISA names its namespace, BERT_FAST_LANES its vector width.
+
+namespace bert_fast::cpu::BERT_FAST_ISA {
+
+constexpr int kLanes = BERT_FAST_LANES;
+typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
+
+#define BERT_FAST_INLINE inline __attribute__((always_inline))
+
+BERT_FAST_INLINE void load(const float* from, Vec& to) { std::memcpy(&to, from, sizeof(Vec)); }
+BERT_FAST_INLINE void store(const Vec& from, float* to) { std::memcpy(to, &from, sizeof(Vec)); }
+
+constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// Two units in the last place; below -87.3 the result stays at the smallest normal number.
+BERT_FAST_INLINE float exp_f32(float x) {
+    x = x < -87.33f ? -87.33f : x;
+    x = x > 88.37f ? 88.37f : x;
+    const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum rounds to an integer
+    const float n = shifted - 12582912.0f;
+    const float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+    float p = 0.0013933884f;
+    p = p * r + 0.008363335f;
+    p = p * r + 0.041666463f;
+    p = p * r + 0.16666576f;
+    p = p * r + 0.5f;
+    p = p * r * r + r + 1.0f;
+    const int32_t exponent = (static_cast<int32_t>(n) + 127) << 23;
+    float power;
+    std::memcpy(&power, &exponent, sizeof(power));
+    return p * power;
+}
+
+// A minimax polynomial below 1, the logarithm of erfc above; absolute error under 1.5e-7.
+BERT_FAST_INLINE float erf_f32(float x) {
+    const float a = std::fabs(x);
+    const float s = a * a;
+    float small = 7.8824974e-05f;
+    small = small * s - 0.0008018855f;
+    small = small * s + 0.005189312f;
+    small = small * s - 0.026854329f;
+    small = small * s + 0.11283597f;
+    small = small * s - 0.37612626f;
+    small = small * s + 1.1283791f;
+    small = small * a;
+    const float t = a < 4.0f ? a : 4.0f;
+    float log_erfc = -1.330939e-05f;
+    log_erfc = log_erfc * t + 0.00031757203f;
+    log_erfc = log_erfc * t - 0.0034368676f;
+    log_erfc = log_erfc * t + 0.022621986f;
+    log_erfc = log_erfc * t - 0.10331898f;
+    log_erfc = log_erfc * t - 0.63909334f;
+    log_erfc = log_erfc * t - 1.1259259f;
+    log_erfc = log_erfc * t - 0.0007569686f;
+    const float large = 1.0f - exp_f32(log_erfc);
+    return std::copysign(a < 1.0f ? small : large, x);
+}
+
+// Column sums over many rows: float over 64 rows, double over those, and one sum per chunk. The chunks depend on the
+// number of rows alone, so neither the threads nor their order change a bit of the result.
+constexpr int64_t kMaxChunks = 64;
+constexpr int64_t kRowsPerBlock = 64;
+
+struct Chunks {
+    int64_t rows;
+    int64_t count;
+    explicit Chunks(int64_t rows_)
+        : rows(rows_), count(std::min(kMaxChunks, (rows_ + kRowsPerBlock - 1) / kRowsPerBlock)) {}
+    int64_t begin(int64_t chunk) const { return rows * chunk / count; }
+};
+
+class ColumnSums {
+  public:
+    ColumnSums(int64_t chunks, int64_t width) : width_(width), sums_(chunks * width, 0.0) {}
+
+    void add(int64_t chunk, const float* block) {
+        double* sums = sums_.data() + chunk * width_;
+#pragma omp simd
+        for (int64_t i = 0; i < width_; ++i) sums[i] += block[i];
+    }
+
+    void finish(float* out) const {
+        for (int64_t i = 0; i < width_; ++i) {
+            double total = 0.0;
+            for (size_t at = i; at < sums_.size(); at += width_) total += sums_[at];
+            out[i] = static_cast<float>(total);
+        }
+    }
+
+  private:
+    int64_t width_;
+    std::vector<double> sums_;
+};
+
+}  // namespace bert_fast::cpu::BERT_FAST_ISA

@@ -1,0 +1,24 @@
+// Included once per instruction set, after the standard headers and the target pragma.
+#include "common.inl"
+#include "attention.inl"
+#include "gelu.inl"
+#include "layer_norm.inl"
+
+#define BERT_FAST_NAME_(isa) isa##_kernels
+#define BERT_FAST_NAME(isa) BERT_FAST_NAME_(isa)
+#define BERT_FAST_STRING_(isa) #isa
+#define BERT_FAST_STRING(isa) BERT_FAST_STRING_(isa)
+
+namespace bert_fast::cpu {
+
+const Kernels BERT_FAST_NAME(BERT_FAST_ISA) = {
+    BERT_FAST_STRING(BERT_FAST_ISA),
+    BERT_FAST_ISA::attention,
+    BERT_FAST_ISA::attention_backward,
+    BERT_FAST_ISA::layer_norm,
+    BERT_FAST_ISA::layer_norm_backward,
+    BERT_FAST_ISA::gelu,
+    BERT_FAST_ISA::gelu_backward,
+};
+
+}  // namespace bert_fast::cpu

@@ -1,0 +1,82 @@
+// The encoder's CPU kernels: float32, packed rows, no padding. One table of functions per instruction set.
+//
+// Matrices are row-major. `stride` is the distance between rows in elements; the last dimension is contiguous.
+// `threads` is the number of OpenMP threads. Results do not depend on it: work is split by the data alone.
+#pragma once
+
+#include <cstdint>
+
+#include "../masking.h"
+
+namespace bert_fast::cpu {
+
+struct Rows {
+    float* data;
+    int64_t stride;
+    float* row(int64_t index) const { return data + index * stride; }
+};
+
+struct ConstRows {
+    const float* data;
+    int64_t stride;
+    const float* row(int64_t index) const { return data + index * stride; }
+};
+
+// Scaled dot-product attention within each sequence, no mask but the number of keys (Vaswani et al. 2017, equation 1).
+// q, k, v, out and their gradients are (tokens, heads * head_size); log_sum_exp is (heads, tokens), natural logarithm,
+// -inf where a query has no key; such a query's output is zero.
+struct AttentionShape {
+    const Tile* tiles;
+    int64_t num_tiles;
+    int64_t tile_size;
+    int64_t tokens;
+    int64_t heads;
+    int64_t head_size;
+    float scale;
+};
+
+struct AttentionGradients {
+    Rows q, k, v;
+};
+
+enum class Gelu { erf, tanh };
+
+struct Kernels {
+    const char* instruction_set;
+
+    void (*attention)(const AttentionShape&, ConstRows q, ConstRows k, ConstRows v, Rows out, float* log_sum_exp,
+                      int threads);
+
+    void (*attention_backward)(const AttentionShape&, ConstRows q, ConstRows k, ConstRows v, ConstRows out,
+                               const float* log_sum_exp, ConstRows grad_out, const AttentionGradients& grads,
+                               int threads);
+
+    // y = LayerNorm(x + residual) * weight + bias (Ba et al. 2016); residual may be null. mean and rstd (rows) may be null.
+    void (*layer_norm)(int64_t rows, int64_t width, const float* x, const float* residual, const float* weight,
+                           const float* bias, float eps, float* y, float* mean, float* rstd, int threads);
+
+    // grad_x is the gradient of x and of residual alike.
+    void (*layer_norm_backward)(int64_t rows, int64_t width, const float* grad_y, const float* x,
+                                    const float* residual, const float* weight, const float* mean, const float* rstd,
+                                    float* grad_x, float* grad_weight, float* grad_bias, int threads);
+
+    // y = GELU(x + bias) (Hendrycks and Gimpel 2016); bias may be null.
+    void (*gelu)(int64_t rows, int64_t width, const float* x, const float* bias, Gelu kind, float* y, int threads);
+
+    // grad_bias may be null.
+    void (*gelu_backward)(int64_t rows, int64_t width, const float* grad_y, const float* x, const float* bias,
+                               Gelu kind, float* grad_x, float* grad_bias, int threads);
+};
+
+// The best table for this machine, chosen once; BERT_FAST_ISA=portable|avx2|avx512 in the environment chooses another.
+// Throws std::invalid_argument for a name that is unknown or that the machine lacks.
+const Kernels& kernels();
+
+extern const Kernels portable_kernels;
+#if defined(__x86_64__) && defined(__GNUC__)
+#define BERT_FAST_X86 1
+extern const Kernels avx2_kernels;
+extern const Kernels avx512_kernels;
+#endif
+
+}  // namespace bert_fast::cpu

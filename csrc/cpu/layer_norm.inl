@@ -1,0 +1,105 @@
+// residual + LayerNorm. The variance is taken around the mean in a second pass: a one-pass variance loses its digits on
+// data that is far from zero.
+
+namespace bert_fast::cpu::BERT_FAST_ISA {
+
+inline void layer_norm_row(int64_t width, const float* x, const float* residual, const float* weight, const float* bias,
+                           float eps, float* y, float& mean, float& rstd) {
+    float sum = 0.0f;
+    if (residual == nullptr) {
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < width; ++i) {
+            y[i] = x[i];
+            sum += x[i];
+        }
+    } else {
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < width; ++i) {
+            const float value = x[i] + residual[i];
+            y[i] = value;
+            sum += value;
+        }
+    }
+    mean = sum / static_cast<float>(width);
+    const float centre = mean;
+    float squares = 0.0f;
+#pragma omp simd reduction(+ : squares)
+    for (int64_t i = 0; i < width; ++i) {
+        const float centred = y[i] - centre;
+        squares += centred * centred;
+    }
+    rstd = 1.0f / std::sqrt(squares / static_cast<float>(width) + eps);
+    const float factor = rstd;
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) y[i] = (y[i] - centre) * factor * weight[i] + bias[i];
+}
+
+void layer_norm(int64_t rows, int64_t width, const float* x, const float* residual, const float* weight,
+                    const float* bias, float eps, float* y, float* mean, float* rstd, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t row = 0; row < rows; ++row) {
+        float row_mean;
+        float row_rstd;
+        layer_norm_row(width, x + row * width, residual == nullptr ? nullptr : residual + row * width, weight, bias, eps,
+                       y + row * width, row_mean, row_rstd);
+        if (mean != nullptr) mean[row] = row_mean;
+        if (rstd != nullptr) rstd[row] = row_rstd;
+    }
+}
+
+// dx = rstd * (g - mean(g) - x_hat * mean(g * x_hat)) with g = weight * dy; also adds dy * x_hat and dy to the sums.
+inline void layer_norm_grad_row(int64_t width, const float* grad_y, const float* x, const float* residual,
+                                const float* weight, float mean, float rstd, float* normalised, float* grad_x,
+                                float* weight_sum, float* bias_sum) {
+    float sum_g = 0.0f;
+    float sum_g_normalised = 0.0f;
+    if (residual == nullptr) {
+#pragma omp simd
+        for (int64_t i = 0; i < width; ++i) normalised[i] = (x[i] - mean) * rstd;
+    } else {
+#pragma omp simd
+        for (int64_t i = 0; i < width; ++i) normalised[i] = (x[i] + residual[i] - mean) * rstd;
+    }
+#pragma omp simd reduction(+ : sum_g, sum_g_normalised)
+    for (int64_t i = 0; i < width; ++i) {
+        const float g = grad_y[i] * weight[i];
+        sum_g += g;
+        sum_g_normalised += g * normalised[i];
+        weight_sum[i] += grad_y[i] * normalised[i];
+        bias_sum[i] += grad_y[i];
+    }
+    const float mean_g = sum_g / static_cast<float>(width);
+    const float mean_g_normalised = sum_g_normalised / static_cast<float>(width);
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i)
+        grad_x[i] = rstd * (grad_y[i] * weight[i] - mean_g - normalised[i] * mean_g_normalised);
+}
+
+void layer_norm_backward(int64_t rows, int64_t width, const float* grad_y, const float* x, const float* residual,
+                             const float* weight, const float* mean, const float* rstd, float* grad_x,
+                             float* grad_weight, float* grad_bias, int threads) {
+    const Chunks chunks(rows);
+    ColumnSums weight_sums(chunks.count, width);
+    ColumnSums bias_sums(chunks.count, width);
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
+    for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
+        std::vector<float> normalised(width);
+        std::vector<float> weight_block(width, 0.0f);
+        std::vector<float> bias_block(width, 0.0f);
+        for (int64_t row = chunks.begin(chunk), stop = chunks.begin(chunk + 1); row < stop; ++row) {
+            layer_norm_grad_row(width, grad_y + row * width, x + row * width,
+                                residual == nullptr ? nullptr : residual + row * width, weight, mean[row], rstd[row],
+                                normalised.data(), grad_x + row * width, weight_block.data(), bias_block.data());
+            if ((row + 1 - chunks.begin(chunk)) % kRowsPerBlock == 0 || row + 1 == stop) {
+                weight_sums.add(chunk, weight_block.data());
+                bias_sums.add(chunk, bias_block.data());
+                std::fill(weight_block.begin(), weight_block.end(), 0.0f);
+                std::fill(bias_block.begin(), bias_block.end(), 0.0f);
+            }
+        }
+    }
+    weight_sums.finish(grad_weight);
+    bias_sums.finish(grad_bias);
+}
+
+}  // namespace bert_fast::cpu::BERT_FAST_ISA

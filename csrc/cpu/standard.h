@@ -1,0 +1,12 @@
+// Everything that the kernels use from outside. It comes before any target pragma, so that no inline function of a
+// standard header is compiled for an instruction set that the machine may lack.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "kernels.h"
