@@ -19,6 +19,7 @@ else:
 setup(
     packages=[
         "bert_fast",
+        "bert_fast.cli",
         "bert_fast.kernels",
         "bert_fast.swap",
     ],

@@ -246,7 +246,7 @@ def mask_tokens(
         unit: "token"; "word": all tokens of a word or none; "span": 1 to max_span words in a row, n of them with a
             probability proportional to 1 / n (Lan et al. 2020, section 4.1), up to the share of each row. In every unit
             each token draws its own replacement.
-        word_ids: (rows, columns) int32: equal neighbours form a word, negative ones are never chosen; needed for "word".
+        word_ids: (rows, columns) int32: equal neighbours form a word, negative ones are never chosen; "word" needs it.
         max_span: words in the longest span.
         mask_probability, random_probability: shares of the chosen tokens.
         seed: in [0, 2^64); None: drawn from torch's generator.

@@ -1,0 +1,43 @@
+# Every target sets up what it needs, from nothing but python3, a C++ compiler and git.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/cpu/*.*)
+RESULTS ?= benchmarks/results/cpu.json
+OUT ?= build/gpu
+
+.PHONY: demo test bench gpu lint clean
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/bert-fast demo
+
+test: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -m "not gpu"
+
+# Measures on this machine; RESULTS=... keeps the figures elsewhere.
+bench: $(VENV)/bench.stamp
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=$(RESULTS) -q
+	$(BIN)/python -m benchmarks.table $(RESULTS)
+
+# On a machine with a GPU, with the python3 that has torch and triton for it; nothing is fetched.
+gpu:
+	mkdir -p $(OUT)
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	$(PYTHON) -m pytest -m gpu -p no:cacheprovider | tee $(OUT)/tests.txt
+
+lint: $(VENV)/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build *.egg-info bert_fast/*.so
+
+# One environment; each stamp says that the extras of its name are in it, and that the extension is up to date.
+$(VENV)/%.stamp: $(SOURCES) | $(VENV)/bin/python
+	$(PIP) --editable '.[$*]'
+	touch $@
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,31 @@
+"""The batches that the benchmarks share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SEED = 0
+
+
+def ragged_lengths(count: int, low: int = 4, high: int = 256) -> Tensor:
+    """(count,) int64: log-normal(3.6, 0.8), clipped; like sentences and paragraphs of real text."""
+    generator = torch.Generator().manual_seed(SEED)
+    return torch.exp(torch.randn(count, generator=generator) * 0.8 + 3.6).clamp(low, high).long()
+
+
+def right_padded(lengths: Tensor, length: int | None = None) -> Tensor:
+    """(count, length) int64 mask: ones, then zeros."""
+    columns = torch.arange(int(lengths.max()) if length is None else length)
+    return (columns[None] < lengths[:, None]).long()
+
+
+def token_batches(lengths: Tensor, size: int, vocab_size: int = 30522) -> list[dict[str, Tensor]]:
+    """Batches of `size` texts with random ids, padded to the longest of each."""
+    generator = torch.Generator().manual_seed(SEED)
+    result = []
+    for part in lengths.split(size):
+        mask = right_padded(part)
+        ids = torch.randint(1000, vocab_size, mask.shape, generator=generator) * mask
+        result.append({"input_ids": ids, "attention_mask": mask})
+    return result

