@@ -177,8 +177,13 @@ def pad(x: Tensor, indices: Tensor, rows: int) -> Tensor:
         (rows, ...), zeros where no row goes.
 
     Raises:
-        ValueError: indices that repeat or lie outside [0, rows); checked on the CPU.
+        ValueError: a negative `rows`, another number of indices than x has rows; on the CPU also indices that repeat or
+            lie outside [0, rows).
     """
+    if rows < 0:
+        raise ValueError(f"rows is {rows}; it must be at least 0")
+    if x.dim() == 0 or indices.shape != x.shape[:1]:
+        raise ValueError(f"x has shape {tuple(x.shape)} and indices {tuple(indices.shape)}; one index a row is needed")
     if _needs_dispatcher(x):
         out: Tensor = torch.ops.bert_fast.pad(x, indices, rows)
         return out

@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import _C
 from .functional import pad as _pad
 from .ops import TILE_SIZE
+
+# Masks that the C++ module reads as they are.
+MASK_DTYPES = frozenset(
+    {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float32, torch.float64}
+)
 
 __all__ = ["Bins", "MaskedTokens", "PackedBatch", "make_tiles", "mask_tokens", "pack", "pad", "unpad"]
 
@@ -52,7 +58,7 @@ class PackedBatch:
 
     @property
     def first_rows(self) -> Tensor:
-        """(batch,) int64, the packed row of each sequence's column 0, which `unpad(..., keep_first=True)` has kept."""
+        """(batch,) int64, the packed row of each sequence's column 0; only after `unpad(..., keep_first=True)`."""
         starts = self.cu_seqlens[:-1].long()
         return torch.where(self.positions[starts] == 0, starts, starts + self.num_keys)
 
@@ -109,8 +115,8 @@ def unpad(
     if device is None:
         device = attention_mask.device if ids is None else ids.device
     mask = attention_mask.detach()
-    if mask.dtype in (torch.float16, torch.bfloat16) or mask.dtype.is_complex:
-        mask = mask != 0
+    if mask.dtype not in MASK_DTYPES:
+        mask = mask != 0 if mask.element_size() > 1 else mask.float() != 0
     kept = None if keep is None else keep.detach().bool().cpu().contiguous().numpy()
     indices, positions, cu_seqlens, num_keys, tiles, max_seqlen = _C.unpad(
         mask.cpu().contiguous().numpy(), kept, keep_first, TILE_SIZE, torch.get_num_threads()
@@ -152,8 +158,8 @@ def pad(x: Tensor, batch: PackedBatch) -> Tensor:
     Raises:
         ValueError: x has another number of rows than the batch has tokens.
     """
-    if x.shape[0] != batch.total_tokens:
-        raise ValueError(f"x has {x.shape[0]} rows and the batch {batch.total_tokens} tokens")
+    if x.dim() == 0 or x.shape[0] != batch.total_tokens:
+        raise ValueError(f"x has shape {tuple(x.shape)}; the batch has {batch.total_tokens} tokens")
     if batch.indices is not None:
         x = _pad(x, batch.indices, math.prod(batch.shape))
     return x.view(*batch.shape, *x.shape[1:])
@@ -172,8 +178,21 @@ def make_tiles(cu_seqlens: Tensor, num_keys: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: bounds that do not ascend from 0, or more keys than rows.
     """
-    keys = None if num_keys is None else num_keys.to("cpu", torch.int32).contiguous().numpy()
-    return torch.from_numpy(_C.tiles(cu_seqlens.to("cpu", torch.int32).contiguous().numpy(), keys, TILE_SIZE))
+    keys = None if num_keys is None else _integers("num_keys", num_keys, torch.int32)
+    return torch.from_numpy(_C.tiles(_integers("cu_seqlens", cu_seqlens, torch.int32), keys, TILE_SIZE))
+
+
+def _integers(name: str, x: Tensor, dtype: torch.dtype) -> np.ndarray[Any, Any]:
+    """x on the host in an integer dtype, unless that would change a value."""
+    if x.is_floating_point() or x.is_complex():
+        raise ValueError(f"{name} has dtype {x.dtype}; integers are needed")
+    host = x.detach().to("cpu", torch.int64)
+    limits = torch.iinfo(dtype)
+    if dtype != torch.int64 and host.numel() > 0:
+        for value in (int(host.min()), int(host.max())):
+            if not limits.min <= value <= limits.max:
+                raise ValueError(f"{name} holds {value}; {dtype} is needed")
+    return cast("np.ndarray[Any, Any]", host.to(dtype).contiguous().numpy())
 
 
 class Bins(NamedTuple):
@@ -200,7 +219,7 @@ def pack(lengths: Tensor, capacity: int) -> Bins:
     Raises:
         ValueError: a length outside [1, capacity].
     """
-    order, offsets = _C.pack(lengths.to("cpu", torch.int64).contiguous().numpy(), capacity)
+    order, offsets = _C.pack(_integers("lengths", lengths, torch.int64), capacity)
     return Bins(torch.from_numpy(order), torch.from_numpy(offsets))
 
 
@@ -241,13 +260,13 @@ def mask_tokens(
         ids: (rows, columns) int64 in [0, vocab_size).
         special_ids: ids that are never chosen and never drawn ([PAD], [CLS], [SEP], [MASK], ...).
         mask_id: id of [MASK].
-        vocab_size: number of ids.
+        vocab_size: number of ids, below 2^31.
         probability: share of the other tokens that is chosen.
         unit: "token"; "word": all tokens of a word or none; "span": 1 to max_span words in a row, n of them with a
             probability proportional to 1 / n (Lan et al. 2020, section 4.1), up to the share of each row. In every unit
             each token draws its own replacement.
         word_ids: (rows, columns) int32: equal neighbours form a word, negative ones are never chosen; "word" needs it.
-        max_span: words in the longest span.
+        max_span: words in the longest span, 1 to 1000.
         mask_probability, random_probability: shares of the chosen tokens.
         seed: in [0, 2^64); None: drawn from torch's generator.
         first_row: number of the first row in the data set, so that a part of a batch gets what the whole would give it.
@@ -262,11 +281,11 @@ def mask_tokens(
     for name, value in (("seed", seed), ("first_row", first_row)):
         if not 0 <= value < 2**64:
             raise ValueError(f"{name} is {value}; it must lie in [0, 2^64)")
-    host_ids = ids.detach().to("cpu", torch.int64).contiguous()
-    words = None if word_ids is None else word_ids.detach().to("cpu", torch.int32).contiguous().numpy()
-    masked_ids, labels = torch.empty_like(host_ids), torch.empty_like(host_ids)
+    host_ids = _integers("ids", ids, torch.int64)
+    words = None if word_ids is None else _integers("word_ids", word_ids, torch.int32)
+    masked_ids, labels = (torch.empty(ids.shape, dtype=torch.int64) for _ in range(2))
     positions = _C.mask_tokens(
-        host_ids.numpy(), words, special_ids, unit, probability, mask_probability, random_probability, mask_id,
+        host_ids, words, special_ids, unit, probability, mask_probability, random_probability, mask_id,
         vocab_size, max_span, seed, first_row, masked_ids.numpy(), labels.numpy(), torch.get_num_threads(),
     )  # fmt: skip
     return MaskedTokens(masked_ids, labels, torch.from_numpy(positions))

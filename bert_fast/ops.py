@@ -8,6 +8,7 @@ The functions `launch_*` run the kernels without the dispatcher: that is the pat
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -255,16 +256,20 @@ def launch_gelu_backward(
 
 def launch_pad(x: Tensor, indices: Tensor, rows: int) -> Tensor:
     """(rows, ...) with x's rows at `indices` and zeros elsewhere; any dtype, without autograd."""
-    if x.device.type != "cpu" or x.numel() == 0:
+    if x.device.type != "cpu":
         return x.new_zeros((rows, *x.shape[1:])).index_copy_(0, indices, x)
-    x = x.contiguous()
+    x = x.resolve_conj().resolve_neg().contiguous()
     out = torch.empty((rows, *x.shape[1:]), dtype=x.dtype)
     _C.pad(_bytes(x), _array(indices), _bytes(out), _threads())
     return out
 
 
 def _bytes(x: Tensor) -> np.ndarray[Any, Any]:
-    return _array(x.detach().view(x.shape[0], -1).view(torch.uint8))
+    """(rows, bytes of a row) of a contiguous tensor."""
+    row_bytes = math.prod(x.shape[1:]) * x.element_size()
+    if x.numel() == 0:
+        return np.empty((x.shape[0], row_bytes), np.uint8)
+    return _array(x.detach().flatten().view(torch.uint8)).reshape(x.shape[0], row_bytes)
 
 
 # ---- registration ----------------------------------------------------------------------------------------------------
@@ -342,7 +347,7 @@ _OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 for _schema, (_implementation, _shapes) in _OPS.items():
     _name = f"bert_fast::{_schema.partition('(')[0]}"
     torch.library.define(_name, _schema[_schema.index("(") :])
-    torch.library.impl(_name, "CompositeExplicitAutograd", _implementation)
+    torch.library.impl(_name, "default", _implementation)
     torch.library.register_fake(_name, _shapes)
 
 

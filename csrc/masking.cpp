@@ -3,9 +3,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <iomanip>
 #include <limits>
 #include <numeric>
 #include <set>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -509,8 +511,20 @@ class RowMasker {
     std::vector<uint64_t> span_below_;
 };
 
+std::string digits(double value) {
+    std::ostringstream text;
+    text << std::setprecision(std::numeric_limits<double>::max_digits10) << value;
+    return text.str();
+}
+
 void check_probability(const char* name, double value) {
-    if (!(value >= 0.0 && value <= 1.0)) fail(std::string(name) + " is " + std::to_string(value) + "; it must lie in [0, 1]");
+    if (!(value >= 0.0 && value <= 1.0)) fail(std::string(name) + " is " + digits(value) + "; it must lie in [0, 1]");
+}
+
+void check_range(const char* name, int64_t value, int64_t low, int64_t high) {
+    if (value < low || value > high)
+        fail(std::string(name) + " is " + std::to_string(value) + "; it must lie in [" + std::to_string(low) + ", " +
+             std::to_string(high) + "]");
 }
 
 }  // namespace
@@ -522,8 +536,8 @@ std::vector<int64_t> mask_tokens(const int64_t* ids, const int32_t* word_ids, in
     check_probability("mask_probability", rule.mask_probability);
     check_probability("random_probability", rule.random_probability);
     check_probability("mask_probability + random_probability", rule.mask_probability + rule.random_probability);
-    if (rule.vocab_size < 1) fail("vocab_size is " + std::to_string(rule.vocab_size) + "; it must be at least 1");
-    if (rule.max_span < 1) fail("max_span is " + std::to_string(rule.max_span) + "; it must be at least 1");
+    check_range("vocab_size", rule.vocab_size, 1, std::numeric_limits<int32_t>::max());
+    check_range("max_span", rule.max_span, 1, 1000);
     if (rule.mask_id < 0 || rule.mask_id >= rule.vocab_size)
         fail("mask_id is " + std::to_string(rule.mask_id) + "; it must lie in [0, " + std::to_string(rule.vocab_size) + ")");
     for (int64_t id : special_ids)

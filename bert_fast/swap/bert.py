@@ -218,11 +218,14 @@ def pack_call(model: Any, call: Call) -> tuple[PackedBatch, Tensor | None]:
     elif tuple(mask.shape) != shape:
         raise ValueError(f"attention_mask has shape {tuple(mask.shape)} and the batch {shape}")
     types = call.get("token_type_ids")
+    keep = kept_rows.get()
+    if keep is not None and tuple(keep.shape) != shape:  # labels that do not fit: the head's own error says so
+        keep = None
     batch = unpad(
         mask,
         ids=ids,
         token_types=None if types is None else types.expand(shape),
-        keep=kept_rows.get(),
+        keep=keep,
         keep_first=model.pooler is not None,
         device=source.device,
     )
