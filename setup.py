@@ -38,6 +38,7 @@ setup(
             depends=[
                 "csrc/masking.h",
                 "csrc/philox.h",
+                "csrc/pool.h",
                 "csrc/cpu/kernels.h",
                 "csrc/cpu/standard.h",
                 "csrc/cpu/common.inl",

@@ -10,6 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from bert_fast import masking
+from bert_fast.ops import TILE_SIZE
 
 from .compare import compare
 from .workloads import SEED, right_padded
@@ -23,31 +24,41 @@ def ragged_mask() -> Tensor:
     return right_padded(torch.randint(16, COLUMNS + 1, (ROWS,), generator=generator), COLUMNS)
 
 
-def torch_metadata(mask: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-    """indices, positions, cu_seqlens and max_seqlen, as padding-free code in torch finds them."""
+def torch_boundaries(mask: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+    """indices, seqlens, cu_seqlens and max_seqlen, as padding-free code in torch finds them."""
     seqlens = mask.sum(-1, dtype=torch.int32)
     indices = torch.nonzero(mask.flatten()).flatten()
-    return indices, indices % mask.shape[1], F.pad(seqlens.cumsum(0, dtype=torch.int32), (1, 0)), int(seqlens.max())
+    return indices, seqlens, F.pad(seqlens.cumsum(0, dtype=torch.int32), (1, 0)), int(seqlens.max())
 
 
-def torch_boundaries(mask: Tensor) -> tuple[Tensor, Tensor, int]:
-    """The same without the positions, which a model with absolute positions still has to make."""
-    seqlens = mask.sum(-1, dtype=torch.int32)
-    indices = torch.nonzero(mask.flatten()).flatten()
-    return indices, F.pad(seqlens.cumsum(0, dtype=torch.int32), (1, 0)), int(seqlens.max())
+def torch_metadata(mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, int, Tensor]:
+    """Everything that masking.unpad gives: the boundaries, positions, and attention's tile list."""
+    indices, seqlens, cu_seqlens, max_seqlen = torch_boundaries(mask)
+    tiles_of = -(-seqlens // TILE_SIZE)
+    sequence = torch.repeat_interleave(tiles_of)
+    first_tile = (tiles_of.cumsum(0) - tiles_of)[sequence]
+    first_row = (torch.arange(len(sequence)) - first_tile) * TILE_SIZE
+    lengths = seqlens[sequence]
+    tiles = torch.stack([cu_seqlens[sequence], lengths, lengths, first_row.int()], 1)
+    return indices, indices % mask.shape[1], seqlens, cu_seqlens, max_seqlen, tiles
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool], ids=["int64", "bool"])
 def test_unpad(benchmark: Any, dtype: torch.dtype) -> None:
     mask = ragged_mask().to(dtype)
     batch = masking.unpad(mask)
-    indices, positions, cu_seqlens, max_seqlen = torch_metadata(mask)
+    indices, positions, seqlens, cu_seqlens, max_seqlen, tiles = torch_metadata(mask)
     assert batch.indices is not None
     assert torch.equal(batch.indices, indices)
     assert torch.equal(batch.positions, positions)
+    assert torch.equal(batch.num_keys, seqlens)
     assert torch.equal(batch.cu_seqlens, cu_seqlens)
+    assert torch.equal(batch.tiles, tiles)
     assert batch.max_seqlen == max_seqlen
-    peers = {"torch": lambda: torch_metadata(mask), "torch, no positions": lambda: torch_boundaries(mask)}
+    peers = {
+        "torch, the same outputs": lambda: torch_metadata(mask),
+        "torch, no positions, no tiles": lambda: torch_boundaries(mask),
+    }
     compare(benchmark, lambda: masking.unpad(mask), peers, rounds=200, warmup=20)
 
 

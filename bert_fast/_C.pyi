@@ -23,10 +23,8 @@ def mask_tokens(
     max_span: int,
     seed: int,
     first_row: int,
-    masked_ids: Array,
-    labels: Array,
     threads: int,
-) -> Array: ...
+) -> tuple[Array, Array, Array]: ...
 def attention(
     q: Array,
     k: Array,

@@ -283,9 +283,8 @@ def mask_tokens(
             raise ValueError(f"{name} is {value}; it must lie in [0, 2^64)")
     host_ids = _integers("ids", ids, torch.int64)
     words = None if word_ids is None else _integers("word_ids", word_ids, torch.int32)
-    masked_ids, labels = (torch.empty(ids.shape, dtype=torch.int64) for _ in range(2))
-    positions = _C.mask_tokens(
+    masked_ids, labels, positions = _C.mask_tokens(
         host_ids, words, special_ids, unit, probability, mask_probability, random_probability, mask_id,
-        vocab_size, max_span, seed, first_row, masked_ids.numpy(), labels.numpy(), torch.get_num_threads(),
+        vocab_size, max_span, seed, first_row, torch.get_num_threads(),
     )  # fmt: skip
-    return MaskedTokens(masked_ids, labels, torch.from_numpy(positions))
+    return MaskedTokens(torch.from_numpy(masked_ids), torch.from_numpy(labels), torch.from_numpy(positions))

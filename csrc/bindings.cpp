@@ -15,6 +15,7 @@
 
 #include "cpu/kernels.h"
 #include "masking.h"
+#include "pool.h"
 
 namespace py = pybind11;
 using namespace bert_fast;
@@ -80,6 +81,21 @@ void check_tile_size(int64_t tile_size) {
     if (tile_size < 1) fail("tile_size is " + std::to_string(tile_size) + "; it must be at least 1");
 }
 
+// An uninitialised array whose memory comes from the pool and returns to it.
+template <typename T>
+py::array_t<T> new_array(std::vector<py::ssize_t> shape) {
+    static Pool& pool = *new Pool;  // never destroyed: arrays may outlive every static object
+    size_t size = sizeof(T);
+    for (py::ssize_t length : shape) size *= static_cast<size_t>(length);
+    auto* block = new Pool::Block(pool.take(size));
+    const py::capsule owner(block, [](void* data) {
+        const auto* held = static_cast<Pool::Block*>(data);
+        pool.give_back(*held);
+        delete held;
+    });
+    return py::array_t<T>(std::move(shape), static_cast<const T*>(block->data), owner);
+}
+
 template <typename T>
 py::array_t<T> to_array(const std::vector<T>& values) {
     return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
@@ -114,11 +130,11 @@ py::tuple unpad(const py::array& mask, const std::optional<py::array>& keep, boo
         py::gil_scoped_release release;
         counts = count_rows(view, keep_bytes, keep_first, tile_size, threads);
     }
-    py::array_t<int64_t> indices(counts.total);
-    py::array_t<int64_t> positions(counts.total);
-    py::array_t<int32_t> cu_seqlens(view.rows + 1);
-    py::array_t<int32_t> num_keys(view.rows);
-    py::array_t<int32_t> tiles({counts.num_tiles, int64_t{4}});
+    auto indices = new_array<int64_t>({counts.total});
+    auto positions = new_array<int64_t>({counts.total});
+    auto cu_seqlens = new_array<int32_t>({view.rows + 1});
+    auto num_keys = new_array<int32_t>({view.rows});
+    auto tiles = new_array<int32_t>({counts.num_tiles, 4});
     int64_t* indices_data = indices.mutable_data();
     int64_t* positions_data = positions.mutable_data();
     int32_t* cu_seqlens_data = cu_seqlens.mutable_data();
@@ -176,11 +192,11 @@ py::tuple pack_sequences(const py::array& lengths, int64_t capacity) {
     return py::make_tuple(to_array(bins.order), to_array(bins.offsets));
 }
 
-py::array_t<int64_t> mask_token_ids(const py::array& ids, const std::optional<py::array>& word_ids,
+py::tuple mask_token_ids(const py::array& ids, const std::optional<py::array>& word_ids,
                                     const std::vector<int64_t>& special_ids, const std::string& unit,
                                     double probability, double mask_probability, double random_probability,
                                     int64_t mask_id, int64_t vocab_size, int64_t max_span, uint64_t seed,
-                                    uint64_t first_row, py::array& masked_ids, py::array& labels, int threads) {
+                                    uint64_t first_row, int threads) {
     check_rank(ids, "ids", 2);
     const int64_t rows = ids.shape(0);
     const int64_t columns = ids.shape(1);
@@ -204,15 +220,17 @@ py::array_t<int64_t> mask_token_ids(const py::array& ids, const std::optional<py
     rule.first_row = first_row;
     const int64_t* ids_data = input<int64_t>(ids, "ids", {rows, columns});
     const int32_t* words = optional_input<int32_t>(word_ids, "word_ids", {rows, columns});
-    int64_t* masked_data = output<int64_t>(masked_ids, "masked_ids", {rows, columns});
-    int64_t* labels_data = output<int64_t>(labels, "labels", {rows, columns});
+    auto masked_ids = new_array<int64_t>({rows, columns});
+    auto labels = new_array<int64_t>({rows, columns});
+    int64_t* masked_data = masked_ids.mutable_data();
+    int64_t* labels_data = labels.mutable_data();
     checked_threads(threads);
     std::vector<int64_t> places;
     {
         py::gil_scoped_release release;
         places = mask_tokens(ids_data, words, rows, columns, special_ids, rule, threads, masked_data, labels_data);
     }
-    return to_array(places);
+    return py::make_tuple(masked_ids, labels, to_array(places));
 }
 
 // ---- CPU kernels ---------------------------------------------------------------------------------------------------
@@ -393,7 +411,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("mask_tokens", &mask_token_ids, py::arg("ids"), py::arg("word_ids"), py::arg("special_ids"),
                py::arg("unit"), py::arg("probability"), py::arg("mask_probability"), py::arg("random_probability"),
                py::arg("mask_id"), py::arg("vocab_size"), py::arg("max_span"), py::arg("seed"), py::arg("first_row"),
-               py::arg("masked_ids"), py::arg("labels"), py::arg("threads"));
+               py::arg("threads"));
     module.def("attention", &attention, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("tiles"),
                py::arg("tile_size"), py::arg("scale"), py::arg("out"), py::arg("log_sum_exp"), py::arg("threads"));
     module.def("attention_backward", &attention_backward, py::arg("grad_out"), py::arg("q"), py::arg("k"), py::arg("v"),

@@ -29,33 +29,29 @@ namespace {
 
 // ---- unpad ---------------------------------------------------------------------------------------------------------
 
+// Whole blocks from `start` on without (kIsZero) or with nothing but (not kIsZero) zeros: where the first other one begins.
+template <bool kIsZero, int64_t kBlock, typename T>
+inline __attribute__((always_inline)) int64_t skip_blocks(const T* values, int64_t start, int64_t count) {
+    for (; start + kBlock <= count; start += kBlock) {
+        T found = 0;
+        for (int64_t i = 0; i < kBlock; ++i)
+            found |= kIsZero ? values[start + i] : static_cast<T>(values[start + i] == 0);
+        if (found) break;
+    }
+    return start;
+}
+
 // Leading elements that are not zero, if all that follow are zero; -1 otherwise. One pass, by blocks that fill registers.
 template <typename T>
 inline __attribute__((always_inline)) int64_t prefix_length(const T* values, int64_t count) {
-    constexpr int64_t block = 256 / sizeof(T);
-    int64_t length = 0;
-    for (; length + block <= count; length += block) {
-        T any_zero = 0;
-        for (int64_t i = 0; i < block; ++i) any_zero |= static_cast<T>(values[length + i] == 0);
-        if (any_zero) break;
-    }
-    for (constexpr int64_t part = 8; length + part <= count; length += part) {
-        T any_zero = 0;
-        for (int64_t i = 0; i < part; ++i) any_zero |= static_cast<T>(values[length + i] == 0);
-        if (any_zero) break;
-    }
+    constexpr int64_t kBlock = 256 / sizeof(T);
+    int64_t length = skip_blocks<false, kBlock>(values, 0, count);
+    length = skip_blocks<false, 8>(values, length, count);
     while (length < count && values[length] != 0) ++length;
-    int64_t next = length;
-    for (; next < count && (next % block) != 0; ++next)
-        if (values[next] != 0) return -1;
-    for (; next + block <= count; next += block) {
-        T bits = 0;
-        for (int64_t i = 0; i < block; ++i) bits |= values[next + i];
-        if (bits) return -1;
-    }
-    for (; next < count; ++next)
-        if (values[next] != 0) return -1;
-    return length;
+    int64_t next = skip_blocks<true, kBlock>(values, length, count);
+    next = skip_blocks<true, 8>(values, next, count);
+    while (next < count && values[next] == 0) ++next;
+    return next == count ? length : -1;
 }
 
 BERT_FAST_CLONES int64_t prefix_length_of(const uint8_t* values, int64_t count) { return prefix_length(values, count); }
