@@ -35,6 +35,7 @@ class BertConfig:
         initializer_range: standard deviation of the initial weights.
         layer_norm_eps: added to the variance in LayerNorm.
         pad_token_id: id of [PAD]; its embedding gets no gradient.
+        classifier_dropout: dropout rate before a classifier; None: hidden_dropout_prob.
 
     Raises:
         ValueError: a size below 1, heads that do not divide hidden_size, a rate outside [0, 1), an unknown hidden_act.
@@ -53,6 +54,7 @@ class BertConfig:
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     pad_token_id: int = 0
+    classifier_dropout: float | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -67,9 +69,9 @@ class BertConfig:
             value = getattr(self, name)
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
             value = getattr(self, name)
-            if not 0 <= value < 1:
+            if value is not None and not 0 <= value < 1:
                 raise ValueError(f"{name} is {value}; it must lie in [0, 1)")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(

@@ -63,7 +63,8 @@ class BertHead(nn.Module, ABC):
         self.config = config
         self.num_labels = num_labels
         self.bert = BertModel(config, has_pooler=self.has_pooler)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        rate = config.classifier_dropout
+        self.dropout = nn.Dropout(config.hidden_dropout_prob if rate is None else rate)
         self.build()
         with torch.no_grad():
             for part in self.children():

@@ -58,9 +58,20 @@ class PackedBatch:
 
     @property
     def first_rows(self) -> Tensor:
-        """(batch,) int64, the packed row of each sequence's column 0; only after `unpad(..., keep_first=True)`."""
-        starts = self.cu_seqlens[:-1].long()
-        return torch.where(self.positions[starts] == 0, starts, starts + self.num_keys)
+        """(batch,) int64, the packed row of each sequence's column 0, or of its first token where that was not kept.
+
+        Raises:
+            ValueError: a sequence has no row at all; `unpad(..., keep_first=True)` keeps one. Not checked on a GPU.
+        """
+        starts, ends = self.cu_seqlens[:-1].long(), self.cu_seqlens[1:].long()
+        if starts.device.type == "cpu" and bool((starts == ends).any()):
+            sequence = int((starts == ends).nonzero()[0])
+            raise ValueError(f"sequence {sequence} has no rows; unpad(..., keep_first=True) keeps its first token")
+        if self.indices is None:
+            return starts
+        extra = starts + self.num_keys
+        columns = self.indices[extra.clamp(max=self.total_tokens - 1)] % self.shape[1]
+        return torch.where((extra < ends) & (columns == 0), extra, starts)
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with its tensors on `device`."""

@@ -61,7 +61,7 @@ class EncoderLayerParts(Protocol):
     @property
     def activation(self) -> Activation: ...
     @property
-    def attention_dropout(self) -> nn.Module: ...
+    def attention_dropout_p(self) -> float: ...
     @property
     def attention_output_dropout(self) -> nn.Module: ...
     @property
@@ -73,17 +73,16 @@ class EncoderLayerParts(Protocol):
 def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
     """Whether the module is exactly of one of these classes and nobody hooks its calls, so that it may be fused."""
     return type(module) in classes and not (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
     )
 
 
-def dropout_rate(module: nn.Module) -> float:
-    """The rate that torch.nn.Dropout applies now; 0 in evaluation."""
-    return float(module.p) if module.training and isinstance(module, nn.Dropout) else 0.0
-
-
 def drop(module: nn.Module, x: Tensor) -> Tensor:
-    return x if is_plain(module, nn.Dropout) and dropout_rate(module) == 0.0 else module(x)
+    return x if is_plain(module, nn.Dropout) and not module.training else module(x)
 
 
 def normalise(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -125,7 +124,7 @@ def encoder_layer(parts: EncoderLayerParts, hidden_states: Tensor, batch: Packed
         batch.cu_seqlens,
         batch.max_seqlen,
         tiles=batch.tiles,
-        dropout_p=dropout_rate(parts.attention_dropout),
+        dropout_p=parts.attention_dropout_p,
     ).flatten(1)
     attended = drop(parts.attention_output_dropout, parts.attention_output(context))
     attended = normalise(parts.attention_norm, attended, hidden_states)
@@ -166,6 +165,11 @@ class EncoderLayer(nn.Module):
     def forward(self, hidden_states: Tensor, batch: PackedBatch) -> Tensor:
         """(tokens, hidden_size) -> (tokens, hidden_size)."""
         return encoder_layer(self, hidden_states, batch)
+
+    @property
+    def attention_dropout_p(self) -> float:
+        """Dropout rate of the attention probabilities now; 0 in evaluation."""
+        return self.attention_dropout.p if self.training else 0.0
 
 
 class EmbeddingParts(Protocol):

@@ -404,3 +404,20 @@ for _name, _save, _grad in (
     ("pad", _save_pad, _pad_grad),
 ):
     torch.library.register_autograd(f"bert_fast::{_name}", _grad, setup_context=_save)
+
+
+def _save_nothing(ctx: Any, inputs: Any, output: Any) -> None:
+    """The gradient's gradient is refused, so nothing is kept for it."""
+
+
+def _refuse_second_derivative(ctx: Any, *grads: Any) -> None:  # noqa: ARG001
+    raise RuntimeError(
+        "bert_fast's kernels have no second derivative; within bert_fast.ops.forced_path('torch'), or after "
+        "bert_fast.restore(model), torch computes it"
+    )
+
+
+for _name in ("attention", "layer_norm", "gelu"):
+    torch.library.register_autograd(
+        f"bert_fast::{_name}_backward", _refuse_second_derivative, setup_context=_save_nothing
+    )

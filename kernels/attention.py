@@ -29,7 +29,8 @@ def forward_launch(dtype: torch.dtype, head_size: int, max_seqlen: int) -> Launc
         return Launch(64, 64, 4, 1)  # one block of keys: nothing to pipeline
     if head_size <= 64:
         return Launch(128, 64, 4, 3)
-    return Launch(128, 64, 8, 2)  # twice the accumulator: eight warps keep it in registers
+    # Twice the accumulator: eight warps keep it in registers (with 64 keys not on gfx942), twice on a multiprocessor.
+    return Launch(128, 32, 8, 3)
 
 
 def backward_launch(dtype: torch.dtype, head_size: int, max_seqlen: int) -> Launch:
@@ -40,8 +41,8 @@ def backward_launch(dtype: torch.dtype, head_size: int, max_seqlen: int) -> Laun
     if max_seqlen <= SHORT:
         return Launch(64, 32, 4, 1)  # two blocks at most: more programs at a time hide more than a pipeline would
     if head_size <= 64:
-        return Launch(64, 64, 4, 2)  # 128 rows spill: on gfx942 with eight warps, elsewhere with four
-    return Launch(64, 32, 4, 2)  # dK and dV fill the registers, so the scores are half as wide; two programs still fit
+        return Launch(128, 32, 4, 2)  # two programs fill the registers of a multiprocessor; 64 columns spill on gfx942
+    return Launch(64, 32, 8, 2)  # dK and dV are twice as wide: half the rows and twice the warps keep them in registers
 
 
 @triton.jit
@@ -115,14 +116,14 @@ def _attention_kernel(
         result = tl.dot(probs.to(value.dtype), value, result, input_precision="ieee")
         running_max = new_max
 
-    # A query without keys has an empty sum: its output is zero and its log-sum-exp -inf.
-    has_keys = running_sum > 0.0
-    result = tl.where(has_keys[:, None], result / tl.where(has_keys, running_sum, 1.0)[:, None], 0.0)
+    # A query without keys has an empty sum: divided by one its output is zero, and its log-sum-exp -inf.
+    running_sum = tl.where(num_keys > 0, running_sum, 1.0)
+    result = result / running_sum[:, None]
     _store_rows(
         out_ptr + sequence_start * out_stride + head_offs,
         out_stride, first_query, num_rows, result, BLOCK_M, HEAD_SIZE, BLOCK_D,
     )  # fmt: skip
-    lse = tl.where(has_keys, (running_max + tl.log2(running_sum)) * LN_2, float("-inf"))
+    lse = (running_max + tl.log2(running_sum)) * LN_2
     query_idx = first_query + tl.arange(0, BLOCK_M)
     lse_ptr += tl.program_id(1).to(tl.int64) * lse_stride + sequence_start
     tl.store(lse_ptr + query_idx, lse, mask=query_idx < num_rows)
@@ -165,9 +166,9 @@ def _attention_grad_q_kernel(
         key = _load_rows(k_ptr, k_stride, first_key, num_keys, BLOCK_N, HEAD_SIZE, BLOCK_D)
         value = _load_rows(v_ptr, v_stride, first_key, num_keys, BLOCK_N, HEAD_SIZE, BLOCK_D)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee") * log2_scale
-        probs = tl.exp2(scores - log2_lse[:, None])
         key_valid = first_key + tl.arange(0, BLOCK_N) < num_keys
-        probs = tl.where(key_valid[None, :], probs, 0.0)
+        scores = tl.where(key_valid[None, :], scores, float("-inf"))
+        probs = tl.exp2(scores - log2_lse[:, None])
         grad_probs = tl.dot(grad_out, tl.trans(value), input_precision="ieee")
         grad_scores = probs * (grad_probs - delta[:, None])
         grad_q = tl.dot(grad_scores.to(key.dtype), key, grad_q, input_precision="ieee")
@@ -199,12 +200,13 @@ def _attention_grad_kv_kernel(
     value = _load_rows(
         v_ptr + sequence_start * v_stride + head_offs, v_stride, first_key, num_keys, BLOCK_M, HEAD_SIZE, BLOCK_D
     )
-    key_valid = first_key + tl.arange(0, BLOCK_M) < num_keys
     log2_scale = scale * LOG2_E
 
     grad_k = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     grad_v = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for first_query in range(0, num_rows, BLOCK_N):
+    # Rows that are no keys have no gradient, and queries without keys no finite log-sum-exp.
+    last_query = tl.where(first_key < num_keys, num_rows, 0)
+    for first_query in range(0, last_query, BLOCK_N):
         query = _load_rows(q_ptr, q_stride, first_query, num_rows, BLOCK_N, HEAD_SIZE, BLOCK_D)
         grad_out = _load_rows(grad_out_ptr, grad_out_stride, first_query, num_rows, BLOCK_N, HEAD_SIZE, BLOCK_D)
         query_idx = first_query + tl.arange(0, BLOCK_N)
@@ -212,15 +214,19 @@ def _attention_grad_kv_kernel(
         log2_lse = tl.load(lse_ptr + statistic_offs + query_idx, mask=query_idx < num_rows, other=float("inf")) * LOG2_E
         delta = tl.load(delta_ptr + statistic_offs + query_idx, mask=query_idx < num_rows, other=0.0)
         scores = tl.dot(key, tl.trans(query), input_precision="ieee") * log2_scale
-        probs = tl.where(key_valid[:, None], tl.exp2(scores - log2_lse[None, :]), 0.0)
+        probs = tl.exp2(scores - log2_lse[None, :])
         grad_v = tl.dot(probs.to(grad_out.dtype), grad_out, grad_v, input_precision="ieee")
         grad_probs = tl.dot(value, tl.trans(grad_out), input_precision="ieee")
         grad_scores = probs * (grad_probs - delta[None, :])
         grad_k = tl.dot(grad_scores.to(query.dtype), query, grad_k, input_precision="ieee")
 
+    # A row that is no key has spoilt no other row: masking it here costs the loop nothing.
+    key_valid = first_key + tl.arange(0, BLOCK_M) < num_keys
+    grad_k = tl.where(key_valid[:, None], grad_k * scale, 0.0)
+    grad_v = tl.where(key_valid[:, None], grad_v, 0.0)
     _store_rows(
         grad_k_ptr + sequence_start * grad_k_stride + head_offs,
-        grad_k_stride, first_key, num_rows, grad_k * scale, BLOCK_M, HEAD_SIZE, BLOCK_D,
+        grad_k_stride, first_key, num_rows, grad_k, BLOCK_M, HEAD_SIZE, BLOCK_D,
     )  # fmt: skip
     _store_rows(
         grad_v_ptr + sequence_start * grad_v_stride + head_offs,

@@ -84,7 +84,7 @@ def _gelu_grad_kernel(
     if HAS_BIAS:
         bias = tl.load(bias_ptr + column_idx, mask=column_mask, other=0.0).to(tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0)):
-        row_idx = block.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        row_idx = tl.cast(block, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         offs = row_idx[:, None] * width + column_idx[None, :]
         mask = (row_idx < rows)[:, None] & column_mask[None, :]
         grad_y = tl.load(grad_y_ptr + offs, mask=mask, other=0.0).to(tl.float32)

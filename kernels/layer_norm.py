@@ -62,7 +62,7 @@ def _layer_norm_grad_kernel(
     weight_sum = tl.zeros((BLOCK,), tl.float32)
     bias_sum = tl.zeros((BLOCK,), tl.float32)
     for row in range(program, rows, tl.num_programs(0)):
-        offs = row.to(tl.int64) * width + column_idx
+        offs = tl.cast(row, tl.int64) * width + column_idx  # the interpreter counts in Python integers
         grad_y = tl.load(grad_y_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         if HAS_RESIDUAL:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import nn as fast
 from .. import reference
-from ..config import ACTIVATIONS, BertConfig
+from ..config import BertConfig
 from ..masking import PackedBatch, unpad
 from .family import Call, Family, kept_rows
 
@@ -42,16 +42,6 @@ ACTIVATION_CLASSES: dict[str, fast.Activation] = {
     "PytorchGELUTanh": "tanh",
 }
 
-# The modules that the fast path steps over: (path within a layer, class).
-CONTAINERS = (
-    ("", "BertLayer"),
-    ("attention", "BertAttention"),
-    ("attention.self", "BertSelfAttention", "BertSdpaSelfAttention"),
-    ("attention.output", "BertSelfOutput"),
-    ("intermediate", "BertIntermediate"),
-    ("output", "BertOutput"),
-)
-
 
 class Layer(NamedTuple):
     """The parts of a BertLayer; see nn.EncoderLayerParts."""
@@ -65,7 +55,7 @@ class Layer(NamedTuple):
     output: nn.Module
     output_norm: nn.Module
     activation: fast.Activation
-    attention_dropout: nn.Module
+    attention_dropout_p: float
     attention_output_dropout: nn.Module
     output_dropout: nn.Module
     head_size: int
@@ -81,73 +71,116 @@ class Embeddings(NamedTuple):
     dropout: nn.Module
 
 
-def activation_of(module: nn.Module) -> fast.Activation:
-    """The fused form of an activation that is known to be GELU, else the module itself."""
-    if isinstance(module, nn.GELU):
-        return "tanh" if module.approximate == "tanh" else "none"
-    return ACTIVATION_CLASSES.get(type(module).__name__, module)
+class Plan(NamedTuple):
+    """The parts of a BertModel, none of which anybody listens to."""
+
+    embeddings: Embeddings
+    layers: list[Layer]
 
 
-def layer_parts(layer: Any) -> Layer:
-    attention, attended, output = layer.attention.self, layer.attention.output, layer.output
-    return Layer(
-        query=attention.query,
-        key=attention.key,
-        value=attention.value,
-        attention_output=attended.dense,
-        attention_norm=attended.LayerNorm,
-        intermediate=layer.intermediate.dense,
-        output=output.dense,
-        output_norm=output.LayerNorm,
-        activation=activation_of(layer.intermediate.intermediate_act_fn),
-        attention_dropout=attention.dropout,
-        attention_output_dropout=attended.dropout,
-        output_dropout=output.dropout,
-        head_size=attention.attention_head_size,
-    )
+class Refused(Exception):  # noqa: N818
+    """A module within the encoder cannot be stepped over; the argument is the module and what is the matter."""
 
 
-def embedding_parts(embeddings: Any) -> Embeddings:
-    return Embeddings(
-        word=embeddings.word_embeddings,
-        position=embeddings.position_embeddings,
-        token_type=embeddings.token_type_embeddings,
-        norm=embeddings.LayerNorm,
-        dropout=embeddings.dropout,
-    )
+# ---- the parts of the model ------------------------------------------------------------------------------------------
 
 
-# ---- which calls are served ------------------------------------------------------------------------------------------
-
-
-def _containers(model: Any) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
-    yield "embeddings", model.embeddings, ("BertEmbeddings",)
-    yield "encoder", model.encoder, ("BertEncoder",)
-    for index, layer in enumerate(model.encoder.layer):
-        for path, *classes in CONTAINERS:
-            module = layer
-            for name in path.split(".") if path else ():
-                module = module._modules[name]
-            yield f"encoder.layer.{index}.{path}".rstrip("."), module, tuple(classes)
+# Hooks that mean the same on packed rows: transformers' recorders of outputs, asleep on the fast path, and the hook that
+# gradient checkpointing and PEFT put on the word embeddings.
+HARMLESS_HOOKS = ("output_capturing_hook", "make_inputs_require_grads", "make_inputs_require_grad")
 
 
 def _is_listened_to(module: nn.Module) -> bool:
-    """Whether somebody has hooked the module; transformers' own recorders of outputs sleep on the fast path."""
+    """Whether somebody has hooked the module, and would see packed rows there."""
     hooks = module._forward_hooks
-    if hooks and any(getattr(hook, "__name__", "") != "output_capturing_hook" for hook in hooks.values()):
+    if hooks and any(getattr(hook, "__name__", "") not in HARMLESS_HOOKS for hook in hooks.values()):
         return True
     return bool(module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
-def _structure_refusal(model: Any) -> str | None:
-    for name, module, classes in _containers(model):
-        if type(module).__name__ not in classes:
-            return f"{name} is a {type(module).__name__}"
-        if _is_listened_to(module):
-            return f"{name} has hooks"
-        if "forward" in module.__dict__:
-            return f"{name} has a forward of its own"
-    return None
+def _leaf(parent: nn.Module, name: str) -> nn.Module:
+    """A module that the fast path calls, or fuses."""
+    module = parent._modules.get(name)
+    if module is None:
+        raise Refused(parent, f"has no {name}")
+    if _is_listened_to(module):
+        raise Refused(module, "has hooks")
+    return module
+
+
+def _container(parent: nn.Module, name: str, *classes: str) -> nn.Module:
+    """A module that the fast path steps over, so that it must be transformers' own."""
+    module = _leaf(parent, name)
+    cls = type(module)
+    if cls.__name__ not in classes or cls.__module__ != MODULE:
+        raise Refused(module, f"is a {cls.__name__}" + (f" of {cls.__module__}" if cls.__name__ in classes else ""))
+    if "forward" in module.__dict__:
+        raise Refused(module, "has a forward of its own")
+    return module
+
+
+def activation_of(module: nn.Module) -> fast.Activation:
+    """The fused form of an activation that is known to be GELU, else the module itself."""
+    cls = type(module)
+    if "forward" in module.__dict__:
+        return module
+    if cls is nn.GELU:
+        return "tanh" if module.approximate == "tanh" else "none"
+    if cls.__module__ == "transformers.activations":
+        return ACTIVATION_CLASSES.get(cls.__name__, module)
+    return module
+
+
+def layer_parts(layers: nn.Module, name: str) -> Layer:
+    layer = _container(layers, name, "BertLayer")
+    attention = _container(layer, "attention", "BertAttention")
+    attend: Any = _container(attention, "self", "BertSelfAttention", "BertSdpaSelfAttention")
+    attended = _container(attention, "output", "BertSelfOutput")
+    intermediate = _container(layer, "intermediate", "BertIntermediate")
+    output = _container(layer, "output", "BertOutput")
+    activation: Any = intermediate._modules.get(
+        "intermediate_act_fn", getattr(intermediate, "intermediate_act_fn", None)
+    )
+    if isinstance(activation, nn.Module):
+        activation = activation_of(_leaf(intermediate, "intermediate_act_fn"))
+    return Layer(
+        query=_leaf(attend, "query"),
+        key=_leaf(attend, "key"),
+        value=_leaf(attend, "value"),
+        attention_output=_leaf(attended, "dense"),
+        attention_norm=_leaf(attended, "LayerNorm"),
+        intermediate=_leaf(intermediate, "dense"),
+        output=_leaf(output, "dense"),
+        output_norm=_leaf(output, "LayerNorm"),
+        activation=activation,
+        attention_dropout_p=attend.dropout.p if attend.training else 0.0,
+        attention_output_dropout=_leaf(attended, "dropout"),
+        output_dropout=_leaf(output, "dropout"),
+        head_size=attend.attention_head_size,
+    )
+
+
+def model_parts(model: Any) -> Plan:
+    """
+    Raises:
+        Refused: a module within is hooked, or not transformers' own where it would be stepped over.
+    """
+    embeddings = _container(model, "embeddings", "BertEmbeddings")
+    encoder = _container(model, "encoder", "BertEncoder")
+    layers = _leaf(encoder, "layer")
+    return Plan(
+        Embeddings(
+            word=_leaf(embeddings, "word_embeddings"),
+            position=_leaf(embeddings, "position_embeddings"),
+            token_type=_leaf(embeddings, "token_type_embeddings"),
+            norm=_leaf(embeddings, "LayerNorm"),
+            dropout=_leaf(embeddings, "dropout"),
+        ),
+        [layer_parts(layers, name) for name in layers._modules],
+    )
+
+
+# ---- which calls are served ------------------------------------------------------------------------------------------
 
 
 def _setting(model: Any, call: Call, name: str) -> Any:
@@ -185,15 +218,29 @@ def _argument_refusal(model: Any, call: Call) -> str | None:
     return None
 
 
-def refusal(model: Any, call: Call) -> str | None:
-    """Why a call takes the original path, or None."""
+def _mode_refusal(model: Any) -> str | None:
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return "the model is traced"
-    if model.training and any(getattr(layer, "gradient_checkpointing", False) for layer in model.encoder.layer):
+    if torch._C._are_functorch_transforms_active():
+        return "a function transform is active"
+    if model.training and any(
+        getattr(x, "gradient_checkpointing", False) for x in (model.encoder, *model.encoder.layer)
+    ):
         return "gradient checkpointing is on"
-    if model.training and getattr(model.encoder, "gradient_checkpointing", False):
-        return "gradient checkpointing is on"
-    return _argument_refusal(model, call) or _config_refusal(model) or _structure_refusal(model)
+    return None
+
+
+def plan(model: Any, call: Call) -> Plan | str:
+    """The model's parts, or why the call takes the original path."""
+    reason = _mode_refusal(model) or _argument_refusal(model, call) or _config_refusal(model)
+    if reason is not None:
+        return reason
+    try:
+        return model_parts(model)
+    except Refused as refused:
+        culprit, matter = refused.args
+        name = next((name for name, module in model.named_modules() if module is culprit), "a module")
+        return f"{name} {matter}"
 
 
 # ---- the fast forward ------------------------------------------------------------------------------------------------
@@ -209,8 +256,8 @@ def pack_call(model: Any, call: Call) -> tuple[PackedBatch, Tensor | None]:
             f"input_ids or inputs_embeds has shape {tuple(source.shape)}; (batch, length) or (batch, length, "
             "hidden_size) is needed"
         )
-    table = model.embeddings.position_embeddings.weight.shape[0]
-    if call.get("position_ids") is None and shape[1] > table:
+    table = getattr(model.embeddings.position_embeddings, "num_embeddings", None)
+    if call.get("position_ids") is None and table is not None and shape[1] > table:
         raise ValueError(f"the batch has length {shape[1]}; max_position_embeddings is {table}")
     mask = call.get("attention_mask")
     if mask is None:
@@ -234,16 +281,16 @@ def pack_call(model: Any, call: Call) -> tuple[PackedBatch, Tensor | None]:
     return batch, None if embeds is None else batch.select(embeds)
 
 
-def run(model: Any, call: Call) -> Any:
+def run(model: Any, call: Call, parts: Plan) -> Any:
     """BertModel.forward, without padding between the embeddings and the last layer."""
     from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
     batch, embeds = pack_call(model, call)
-    hidden = fast.embed(embedding_parts(model.embeddings), batch, embeds)
+    hidden = fast.embed(parts.embeddings, batch, embeds)
     wants_hidden_states = bool(_setting(model, call, "output_hidden_states"))
     kept = [hidden]
-    for layer in model.encoder.layer:
-        hidden = fast.encoder_layer(layer_parts(layer), hidden, batch)
+    for layer in parts.layers:
+        hidden = fast.encoder_layer(layer, hidden, batch)
         if wants_hidden_states:
             kept.append(hidden)
     sequence_output = batch.pad(hidden)
@@ -288,32 +335,48 @@ def oracle(model: Any, call: Call) -> Tensor:
     return reference.bert(weights, config, **inputs).hidden_states[-1]
 
 
+def _source(call: Call) -> Any:
+    return call.get("inputs_embeds") if call.get("input_ids") is None else call.get("input_ids")
+
+
 def _labelled(call: Call) -> Tensor | None:
-    labels = call.get("labels")
-    return None if labels is None else labels != -100
+    """Heads on tokens flatten labels, so any shape with one for each token will do."""
+    source, labels = _source(call), call.get("labels")
+    if source is None or labels is None or labels.numel() != math.prod(source.shape[:2]):
+        return None
+    is_labelled: Tensor = labels != -100
+    return is_labelled.view(source.shape[:2])
 
 
 def _everything(call: Call) -> Tensor | None:
-    """The loss of question answering is a softmax over all places, padding among them: they are computed, too."""
-    source = call.get("inputs_embeds") if call.get("input_ids") is None else call.get("input_ids")
-    if source is None or call.get("start_positions") is None or call.get("end_positions") is None:
-        return None
-    return torch.ones(source.shape[:2], dtype=torch.bool)
+    source = _source(call)
+    return None if source is None else torch.ones(source.shape[:2], dtype=torch.bool)
+
+
+def _all_if_labelled(call: Call) -> Tensor | None:
+    """A causal loss reads a token for the next one's label."""
+    return None if call.get("labels") is None else _everything(call)
+
+
+def _all_if_answered(call: Call) -> Tensor | None:
+    """The loss of question answering is a softmax over all places, padding among them."""
+    has_answers = call.get("start_positions") is not None and call.get("end_positions") is not None
+    return _everything(call) if has_answers else None
 
 
 FAMILY: Family = Family(
     name="BERT",
     module=MODULE,
     encoder="BertModel",
-    refusal=refusal,
+    steps=("__call__", "forward", "_create_attention_masks", "get_extended_attention_mask", "get_head_mask"),
+    plan=plan,
     run=run,
     oracle=oracle,
     kept_rows={
         "BertForMaskedLM": _labelled,
         "BertForPreTraining": _labelled,
         "BertForTokenClassification": _labelled,
-        "BertForQuestionAnswering": _everything,
+        "BertForQuestionAnswering": _all_if_answered,
+        "BertLMHeadModel": _all_if_labelled,
     },
 )
-
-assert set(ACTIVATION_CLASSES.values()) == set(ACTIVATIONS.values())

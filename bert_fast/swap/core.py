@@ -75,9 +75,12 @@ def _encoder_class(base: Any, family: Family) -> type[nn.Module]:
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         call = bind(names, args, kwargs)
-        reason = family.refusal(self, call)
-        count(self, reason or FAST)
-        return family.run(self, call) if reason is None else base.forward(self, *args, **kwargs)
+        plan = family.plan(self, call)
+        if isinstance(plan, str):
+            count(self, plan)
+            return base.forward(self, *args, **kwargs)
+        count(self, FAST)
+        return family.run(self, call, plan)
 
     return _make_class(base, family, forward)
 
@@ -110,14 +113,16 @@ def count(model: nn.Module, path: str) -> None:
 def _class_maker(base: Any) -> Callable[[], type[nn.Module]] | None:
     """How to make the swapped class of an encoder or head that is known, or None.
 
-    A subclass counts as long as it keeps the forward that the family replaces.
+    A subclass counts as long as it keeps the steps that the family replaces.
     """
     for family in FAMILIES:
         module = sys.modules.get(family.module)
         if module is None:  # nobody has imported the family, so no model is of it
             continue
         encoder = getattr(module, family.encoder)
-        if issubclass(base, encoder) and base.forward is encoder.forward:
+        if issubclass(base, encoder) and all(
+            getattr(base, step, None) is getattr(encoder, step, None) for step in family.steps
+        ):
             return functools.partial(_encoder_class, base, family)
         for name, rows_of in family.kept_rows.items():
             head = getattr(module, name, None)
@@ -126,15 +131,14 @@ def _class_maker(base: Any) -> Callable[[], type[nn.Module]] | None:
     return None
 
 
-def _is_encoder(module: nn.Module) -> bool:
-    if not isinstance(module, Swapped):
-        return False
-    return module.bert_fast_family.encoder in {cls.__name__ for cls in type(module).__mro__}
+def _is_encoder_class(cls: Any) -> bool:
+    """Whether it is the swapped class of an encoder, not of a head."""
+    return issubclass(cls, Swapped) and cls.bert_fast_family.encoder in {base.__name__ for base in cls.__mro__}
 
 
 def swapped_encoders(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(name, module) of every swapped encoder in the model."""
-    return ((name, module) for name, module in model.named_modules() if _is_encoder(module))
+    return ((name, module) for name, module in model.named_modules() if _is_encoder_class(type(module)))
 
 
 def is_off() -> bool:
@@ -171,11 +175,12 @@ def swap(model: Model) -> Model:
                 f"{type(module).__name__} has a forward of its own on the instance ({module.__dict__['forward']!r}); "
                 "swap the model before anything wraps it"
             )
-    for module, make in makers:
-        module.__class__ = make()
-    if next(swapped_encoders(model), None) is None:
+    classes = [(module, make()) for module, make in makers]
+    if not any(_is_encoder_class(cls) for _, cls in classes) and next(swapped_encoders(model), None) is None:
         known = ", ".join(f"{family.name} ({family.module}.{family.encoder})" for family in FAMILIES)
         raise ValueError(f"{type(model).__name__} holds no encoder that bert_fast knows; it knows {known}")
+    for module, cls in classes:
+        module.__class__ = cls
     return model
 
 

@@ -23,8 +23,9 @@ class Family:
         name: for people.
         module: the Python module that defines the classes.
         encoder: the class whose forward is replaced.
-        refusal: why a call takes the original path, or None.
-        run: the fast forward of the encoder.
+        steps: methods of the encoder that the fast forward stands in for; a subclass that changes one is not known.
+        plan: the parts that a call runs on, or, as a string, why it takes the original path.
+        run: the fast forward of the encoder, given the plan.
         oracle: the encoder's last hidden state (batch, length, hidden_size), in float64 on the CPU.
         kept_rows: for heads that read hidden rows: class -> (call -> (batch, length) bool, or None).
     """
@@ -32,7 +33,8 @@ class Family:
     name: str
     module: str
     encoder: str
-    refusal: Callable[[Any, Call], str | None]
-    run: Callable[[Any, Call], Any]
+    steps: tuple[str, ...]
+    plan: Callable[[Any, Call], Any]
+    run: Callable[[Any, Call, Any], Any]
     oracle: Callable[[Any, Call], Tensor]
     kept_rows: Mapping[str, Callable[[Call], Tensor | None]]

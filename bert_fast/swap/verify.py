@@ -17,6 +17,9 @@ from .core import argument_names, bind, original, swapped_encoders
 FACTOR = 2.0
 UNITS = 16.0
 
+# Outputs (batch, length) with a number for each token; other outputs of two dimensions belong to the sequences.
+TOKEN_SCORES = ("start_logits", "end_logits")
+
 
 class VerificationError(ArithmeticError):
     """The swapped model's error is out of bounds; `result` has the figures."""
@@ -89,7 +92,7 @@ def _floats(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
 def _check(name: str, ours: Tensor, theirs: Tensor, exact: Tensor, mask: Tensor | None) -> TensorCheck:
     eps = torch.finfo(ours.dtype).eps
     values = [x.detach().to("cpu", torch.float64) for x in (ours, theirs, exact)]
-    if mask is not None and values[0].dim() >= 2 and values[0].shape[:2] == mask.shape:
+    if mask is not None and values[0].shape[:2] == mask.shape and (values[0].dim() > 2 or name in TOKEN_SCORES):
         values = [x[mask] for x in values]
     a, b, c = values
     if a.numel() == 0:
@@ -126,18 +129,20 @@ def _call(model: nn.Module, batch: Mapping[str, Any]) -> Any:
 def _run(model: nn.Module, batch: Mapping[str, Any], encoders: Mapping[str, nn.Module]) -> tuple[Any, dict[str, Any]]:
     """The model's output; for each encoder that ran, its arguments by name and its last hidden state."""
     seen: dict[str, Any] = {}
-    handles = []
     for name, module in encoders.items():
 
-        def record(module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
+        def record(*args: Any, name: str = name, module: nn.Module = module, **kwargs: Any) -> Any:
+            output = type(module).forward(module, *args, **kwargs)
             seen[name] = (bind(argument_names(type(module).forward), args, kwargs), output[0])
+            return output
 
-        handles.append(module.register_forward_hook(record, with_kwargs=True))
+        # Not a hook: sentence-transformers calls forward itself, past all hooks.
+        module.__dict__["forward"] = record
     try:
         return _call(model, batch), seen
     finally:
-        for handle in handles:
-            handle.remove()
+        for module in encoders.values():
+            del module.__dict__["forward"]
 
 
 def _run_exact(model: nn.Module, batch: Mapping[str, Any]) -> Any:
