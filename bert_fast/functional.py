@@ -93,7 +93,7 @@ def _torch_attention(
         padded[0], padded[1], padded[2], attn_mask=is_key | ~has_key, dropout_p=dropout_p, scale=scale
     )
     out = torch.where(has_key, out, 0.0)
-    return out.transpose(1, 2)[is_row]
+    return out.transpose(1, 2)[is_row].to(q.dtype)  # autocast computes it in its own dtype
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-12, residual: Tensor | None = None) -> Tensor:

@@ -71,7 +71,7 @@ def _choose(op: Op, device_type: str, dtype: torch.dtype, width: int, forced: Pa
         return Choice("torch", f"head size {width} is above {MAX_HEAD_SIZE}")
     if device_type == "cpu":
         if dtype == torch.float32:
-            return Choice("cpp", f"float32 on the CPU, {_C.instruction_set()}")
+            return Choice("cpp", "float32 on the CPU")
         return Choice("torch", f"{str(dtype).removeprefix('torch.')} on the CPU: the C++ kernels take float32")
     if device_type != "cuda":
         return Choice("torch", f"device {device_type}: the kernels are for cuda and cpu")
@@ -93,6 +93,8 @@ def choose(op: Op, device_type: str, dtype: torch.dtype, width: int) -> Choice:
         dtype: of the activations.
         width: the head size for attention, else the number of features.
     """
+    if torch.compiler.is_compiling():  # which traces neither context variables nor caches
+        return _choose.__wrapped__(op, device_type, dtype, width, None)
     return _choose(op, device_type, dtype, width, _forced.get())
 
 
@@ -180,7 +182,7 @@ def launch_layer_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, has_statistics: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """LayerNorm(x + residual) of rows (rows, width), without autograd; mean and 1 / std (rows,) float32 on request."""
-    x = x.contiguous()
+    x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
     residual = None if residual is None else residual.contiguous()
     if _kernel_path("layer_norm", x, x.shape[1]) == "triton":
         from .kernels import layer_norm
@@ -201,7 +203,7 @@ def launch_layer_norm_backward(
     grad_y: Tensor, x: Tensor, residual: Tensor | None, weight: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of x, and so of the residual, (rows, width); those of weight and bias (width,) float32."""
-    grad_y, x = grad_y.contiguous(), x.contiguous()
+    grad_y, x, weight = grad_y.contiguous(), x.contiguous(), weight.contiguous()
     residual = None if residual is None else residual.contiguous()
     if _kernel_path("layer_norm", x, x.shape[1]) == "triton":
         from .kernels import layer_norm
@@ -221,7 +223,7 @@ def launch_layer_norm_backward(
 
 def launch_gelu(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     """GELU(x + bias) of rows (rows, width), without autograd."""
-    x = x.contiguous()
+    x, bias = x.contiguous(), None if bias is None else bias.contiguous()
     if _kernel_path("gelu", x, x.shape[1]) == "triton":
         from .kernels import gelu
 
@@ -236,7 +238,7 @@ def launch_gelu_backward(
     grad_y: Tensor, x: Tensor, bias: Tensor | None, approximate: str
 ) -> tuple[Tensor, Tensor | None]:
     """The gradient of x (rows, width) and of the bias (width,) float32, None without one."""
-    grad_y, x = grad_y.contiguous(), x.contiguous()
+    grad_y, x, bias = grad_y.contiguous(), x.contiguous(), None if bias is None else bias.contiguous()
     if _kernel_path("gelu", x, x.shape[1]) == "triton":
         from .kernels import gelu
 

@@ -23,14 +23,14 @@ SHORT = 64
 def forward_launch(dtype: torch.dtype, head_size: int, max_seqlen: int) -> Launch:
     """Rows are queries, columns keys."""
     if not is_half(dtype):
-        # Without tensor cores the operands of a product live in registers: small tiles, or they spill.
-        return Launch(32, 32, 4, 1) if head_size <= 64 else Launch(16, 32, 4, 1)
+        # Without tensor cores the operands of a product live in registers: small tiles and many warps, or they spill.
+        return Launch(32, 32, 4, 1) if head_size <= 64 else Launch(16, 32, 8, 1)
     if max_seqlen <= SHORT:
         return Launch(64, 64, 4, 1)  # one block of keys: nothing to pipeline
     if head_size <= 64:
         return Launch(128, 64, 4, 3)
-    # Twice the accumulator: eight warps keep it in registers (with 64 keys not on gfx942), twice on a multiprocessor.
-    return Launch(128, 32, 8, 3)
+    # Twice the accumulator, so half the rows: 128 spill, with four warps on NVIDIA's, with eight on gfx942.
+    return Launch(64, 64, 4, 2)
 
 
 def backward_launch(dtype: torch.dtype, head_size: int, max_seqlen: int) -> Launch:
@@ -41,8 +41,8 @@ def backward_launch(dtype: torch.dtype, head_size: int, max_seqlen: int) -> Laun
     if max_seqlen <= SHORT:
         return Launch(64, 32, 4, 1)  # two blocks at most: more programs at a time hide more than a pipeline would
     if head_size <= 64:
-        return Launch(128, 32, 4, 2)  # two programs fill the registers of a multiprocessor; 64 columns spill on gfx942
-    return Launch(64, 32, 8, 2)  # dK and dV are twice as wide: half the rows and twice the warps keep them in registers
+        return Launch(128, 32, 4, 2)  # dK and dV: two programs fill a multiprocessor. 64 columns spill on gfx942
+    return Launch(64, 32, 4, 1)  # dK and dV are twice as wide: half the rows; on gfx942 a pipeline spills
 
 
 @triton.jit

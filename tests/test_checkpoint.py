@@ -207,6 +207,7 @@ def test_config_survives(tmp_path: Path) -> None:
         hidden_act="gelu_new",
         hidden_dropout_prob=0.23,
         attention_probs_dropout_prob=0.29,
+        classifier_dropout=0.37,
         initializer_range=0.031,
         layer_norm_eps=1e-7,
         pad_token_id=3,

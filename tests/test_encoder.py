@@ -293,6 +293,15 @@ def test_packed_batch_without_first_token(model: Any, rows: str) -> None:
     assert pooled is None or torch.allclose(pooled, torch.tanh(model.pooler(firsts)), atol=1e-5)
 
 
+def test_packed_batch_with_empty_sequence(model: Any) -> None:
+    mask = mask_of("1111 0000 0110")
+    packed = masking.unpad(mask, ids=inputs(mask)["input_ids"])
+    with pytest.raises(ValueError, match="sequence 1 has no rows"):
+        model(packed)
+    model.pooler = None
+    assert model(packed).packed.shape == (6, 51)
+
+
 @pytest.mark.parametrize("name", ["attention_mask", "token_type_ids", "position_ids", "keep"])
 def test_packed_batch_stands_alone(model: Any, name: str) -> None:
     mask = mask_of(MIXED)

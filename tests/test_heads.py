@@ -117,10 +117,11 @@ def test_next_sentence_prediction() -> None:
         (3, CLASSES),
         (1, torch.linspace(-3, 2, 8)),
         (1, torch.linspace(-3, 2, 8)[:, None]),
+        (1, torch.arange(8) % 5),
         (3, (torch.arange(24).view(8, 3) % 5 < 2).float()),
         (2, torch.rand(8, 2, generator=torch.Generator().manual_seed(1))),
     ],
-    ids=["single label", "regression", "regression, column", "multi label", "soft multi label"],
+    ids=["single label", "regression", "column", "regression on integers", "multi label", "soft multi label"],
 )
 def test_sequence_classification(num_labels: int, labels: Tensor) -> None:
     model = theirs("BertForSequenceClassification", num_labels=num_labels)

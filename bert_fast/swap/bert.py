@@ -85,7 +85,7 @@ class Refused(Exception):  # noqa: N818
 # ---- the parts of the model ------------------------------------------------------------------------------------------
 
 
-# Hooks that mean the same on packed rows: transformers' recorders of outputs, asleep on the fast path, and the hook that
+# Hooks that mean the same on packed rows: transformers' recorders of outputs, asleep on the fast path, and the one that
 # gradient checkpointing and PEFT put on the word embeddings.
 HARMLESS_HOOKS = ("output_capturing_hook", "make_inputs_require_grads", "make_inputs_require_grad")
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import ops
+from .. import _C, ops
 from .core import FAST, Swapped, is_off, swapped_encoders
 
 
@@ -57,7 +57,7 @@ class Report:
     notes: tuple[str, ...] = field(default=())
 
     def __str__(self) -> str:
-        lines = [f"bert_fast on {self.device}, {torch.get_num_threads()} threads"]
+        lines = [f"bert_fast on {self.device}; CPU kernels: {_C.instruction_set()}, {torch.get_num_threads()} threads"]
         lines += [f"  {note}" for note in self.notes]
         for encoder in self.encoders:
             lines.append(f"{encoder.name or 'model'}: {encoder.class_name}")

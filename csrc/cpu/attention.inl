@@ -5,6 +5,7 @@ namespace bert_fast::cpu::BERT_FAST_ISA {
 
 constexpr int64_t kRowBlock = 4;            // rows of C held in registers
 constexpr int64_t kColumnBlock = 2 * kLanes;  // columns of C held in registers
+constexpr int64_t kDepthBlock = 256;          // terms added one after another; long sums are sums of such sums
 
 // C (m x n) = or += A * B. A is read as a[i * a_row + p * a_column], so it may be transposed; n is a multiple of
 // kColumnBlock, rows of B and C are at least n apart.
@@ -15,13 +16,8 @@ BERT_FAST_INLINE void multiply_block(const float* a, int64_t a_row, int64_t a_co
         Vec left[kRows];
         Vec right[kRows];
         for (int i = 0; i < kRows; ++i) {
-            if (accumulate) {
-                load(c + i * c_row + column, left[i]);
-                load(c + i * c_row + column + kLanes, right[i]);
-            } else {
-                left[i] = Vec{};
-                right[i] = Vec{};
-            }
+            left[i] = Vec{};
+            right[i] = Vec{};
         }
         const float* b_at = b + column;
         for (int64_t p = 0; p < depth; ++p, b_at += b_row) {
@@ -36,21 +32,36 @@ BERT_FAST_INLINE void multiply_block(const float* a, int64_t a_row, int64_t a_co
             }
         }
         for (int i = 0; i < kRows; ++i) {
-            store(left[i], c + i * c_row + column);
-            store(right[i], c + i * c_row + column + kLanes);
+            float* target = c + i * c_row + column;
+            if (accumulate) {
+                Vec before_left;
+                Vec before_right;
+                load(target, before_left);
+                load(target + kLanes, before_right);
+                left[i] += before_left;
+                right[i] += before_right;
+            }
+            store(left[i], target);
+            store(right[i], target + kLanes);
         }
     }
 }
 
 inline void multiply(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row, int64_t rows,
                      int64_t depth, int64_t columns, float* c, int64_t c_row, bool accumulate) {
-    int64_t row = 0;
-    for (; row + kRowBlock <= rows; row += kRowBlock)
-        multiply_block<kRowBlock>(a + row * a_row, a_row, a_column, b, b_row, depth, columns, c + row * c_row, c_row,
-                                  accumulate);
-    for (; row < rows; ++row)
-        multiply_block<1>(a + row * a_row, a_row, a_column, b, b_row, depth, columns, c + row * c_row, c_row,
-                          accumulate);
+    for (int64_t first = 0; first < depth; first += kDepthBlock) {
+        const int64_t terms = std::min(kDepthBlock, depth - first);
+        const float* a_part = a + first * a_column;
+        const float* b_part = b + first * b_row;
+        const bool adds = accumulate || first > 0;
+        int64_t row = 0;
+        for (; row + kRowBlock <= rows; row += kRowBlock)
+            multiply_block<kRowBlock>(a_part + row * a_row, a_row, a_column, b_part, b_row, terms, columns,
+                                      c + row * c_row, c_row, adds);
+        for (; row < rows; ++row)
+            multiply_block<1>(a_part + row * a_row, a_row, a_column, b_part, b_row, terms, columns, c + row * c_row,
+                              c_row, adds);
+    }
 }
 
 // to (rows x padded) = from (rows x width), zeros beyond width.
@@ -77,11 +88,16 @@ inline float softmax_row(float* scores, int64_t keys, int64_t padded, float scal
 #pragma omp simd reduction(max : largest)
     for (int64_t j = 0; j < keys; ++j) largest = scores[j] > largest ? scores[j] : largest;
     float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < keys; ++j) {
-        const float p = exp_f32((scores[j] - largest) * scale);
-        scores[j] = p;
-        sum += p;
+    for (int64_t first = 0; first < keys; first += kDepthBlock) {
+        const int64_t last = std::min(first + kDepthBlock, keys);
+        float part = 0.0f;
+#pragma omp simd reduction(+ : part)
+        for (int64_t j = first; j < last; ++j) {
+            const float p = exp_f32((scores[j] - largest) * scale);
+            scores[j] = p;
+            part += p;
+        }
+        sum += part;
     }
     const float inverse = 1.0f / sum;
 #pragma omp simd

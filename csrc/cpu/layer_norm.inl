@@ -3,30 +3,34 @@
 
 namespace bert_fast::cpu::BERT_FAST_ISA {
 
+// Terms of a sum that are added one after another; long sums are sums of such sums, which keeps their digits.
+constexpr int64_t kSumBlock = 256;
+
 inline void layer_norm_row(int64_t width, const float* x, const float* residual, const float* weight, const float* bias,
                            float eps, float* y, float& mean, float& rstd) {
-    float sum = 0.0f;
     if (residual == nullptr) {
-#pragma omp simd reduction(+ : sum)
-        for (int64_t i = 0; i < width; ++i) {
-            y[i] = x[i];
-            sum += x[i];
-        }
+        std::memcpy(y, x, width * sizeof(float));
     } else {
-#pragma omp simd reduction(+ : sum)
-        for (int64_t i = 0; i < width; ++i) {
-            const float value = x[i] + residual[i];
-            y[i] = value;
-            sum += value;
-        }
+#pragma omp simd
+        for (int64_t i = 0; i < width; ++i) y[i] = x[i] + residual[i];
+    }
+    float sum = 0.0f;
+    for (int64_t first = 0; first < width; first += kSumBlock) {
+        const int64_t last = std::min(first + kSumBlock, width);
+        float part = 0.0f;
+#pragma omp simd reduction(+ : part)
+        for (int64_t i = first; i < last; ++i) part += y[i];
+        sum += part;
     }
     mean = sum / static_cast<float>(width);
     const float centre = mean;
     float squares = 0.0f;
-#pragma omp simd reduction(+ : squares)
-    for (int64_t i = 0; i < width; ++i) {
-        const float centred = y[i] - centre;
-        squares += centred * centred;
+    for (int64_t first = 0; first < width; first += kSumBlock) {
+        const int64_t last = std::min(first + kSumBlock, width);
+        float part = 0.0f;
+#pragma omp simd reduction(+ : part)
+        for (int64_t i = first; i < last; ++i) part += (y[i] - centre) * (y[i] - centre);
+        squares += part;
     }
     rstd = 1.0f / std::sqrt(squares / static_cast<float>(width) + eps);
     const float factor = rstd;
