@@ -13,7 +13,7 @@ from .heads import (
     BertForTokenClassification,
 )
 from .masking import PackedBatch
-from .swap import report, restore, swap, verify
+from .swap import VerificationError, report, restore, swap, verify
 
 __version__ = "0.1.0"
 
@@ -28,6 +28,7 @@ __all__ = [
     "BertForTokenClassification",
     "BertModel",
     "PackedBatch",
+    "VerificationError",
     "__version__",
     "functional",
     "masking",

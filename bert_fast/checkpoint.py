@@ -46,6 +46,7 @@ PREFIX = "bert."
 
 TIED_WEIGHT = "cls.predictions.decoder.weight"
 TIED_BIAS = "cls.predictions.decoder.bias"
+BIAS = "cls.predictions.bias"
 WORDS = "bert.embeddings.word_embeddings.weight"
 
 
@@ -131,13 +132,13 @@ def apply(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         ValueError: an encoder weight is missing, a shape differs, or the decoder is not tied to the word embeddings.
     """
     weights = dict(weights)
-    if TIED_BIAS in weights:
-        weights.setdefault("cls.predictions.bias", weights[TIED_BIAS])
-    words = weights.get(WORDS)
-    decoder = weights.get(TIED_WEIGHT)
-    has_decoder = any(name.startswith("mlm.") for name in model.state_dict())
-    if has_decoder and words is not None and decoder is not None and not torch.equal(words, decoder):
-        raise ValueError(f"{TIED_WEIGHT} differs from {WORDS}; only a tied decoder is supported")
+    if any(name.startswith("mlm.") for name in model.state_dict()):
+        words = WORDS if WORDS in weights else WORDS.removeprefix(PREFIX)
+        for decoder, tied in ((TIED_WEIGHT, words), (TIED_BIAS, BIAS)):
+            if decoder in weights and tied in weights and not torch.equal(weights[decoder], weights[tied]):
+                raise ValueError(f"{decoder} differs from {tied}; only a tied decoder is supported")
+        if TIED_BIAS in weights:
+            weights[BIAS] = weights[TIED_BIAS]
 
     own = model.state_dict()
     state = {name: value for name, value in _translated(model, weights) if name in own}
@@ -160,7 +161,9 @@ def apply(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     model.load_state_dict(state, strict=False)
 
 
-def save(model: nn.Module, config: BertConfig, architecture: str, path: str | Path) -> None:
+def save(
+    model: nn.Module, config: BertConfig, architecture: str, path: str | Path, *, num_labels: int | None = None
+) -> None:
     """Writes config.json and model.safetensors under Hugging Face's names; each file appears whole or not at all.
 
     Args:
@@ -168,6 +171,7 @@ def save(model: nn.Module, config: BertConfig, architecture: str, path: str | Pa
         config: its configuration.
         architecture: transformers' class for it.
         path: the folder; made if it is not there.
+        num_labels: classes of a classifier.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -177,7 +181,11 @@ def save(model: nn.Module, config: BertConfig, architecture: str, path: str | Pa
         assert theirs is not None, name
         tensors[theirs] = value.detach().cpu().contiguous()
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    text = json.dumps({"architectures": [architecture], "dtype": dtype, **config.to_dict()}, indent=2)
+    entries = {"architectures": [architecture], "dtype": dtype, **config.to_dict()}
+    if num_labels is not None:  # transformers counts the names
+        entries["id2label"] = {str(index): f"LABEL_{index}" for index in range(num_labels)}
+        entries["label2id"] = {f"LABEL_{index}": index for index in range(num_labels)}
+    text = json.dumps(entries, indent=2)
     with _whole(folder / "model.safetensors") as part:
         save_file(tensors, part, metadata={"format": "pt"})
     with _whole(folder / "config.json") as part:

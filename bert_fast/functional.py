@@ -85,12 +85,17 @@ def _torch_attention(
     columns = torch.arange(max_seqlen, device=q.device)[None]
     is_row = columns < num_rows
     places = torch.where(is_row, starts + columns, 0)
-    padded = [x[places].transpose(1, 2) for x in (q, k, v)]
-    is_key = (columns < num_keys)[:, None, None, :]
+    is_key = columns < num_keys
+    # What is hidden has no weight, but a NaN would show through even so.
+    query, key, value = (
+        torch.where(is_visible[..., None, None], x[places], 0).transpose(1, 2)
+        for x, is_visible in ((q, is_row), (k, is_key), (v, is_key))
+    )
+    is_key = is_key[:, None, None, :]
     has_key = (num_keys > 0)[:, None, None, :]
     # A row without any key would be NaN in some backends: let it see everything, then zero it.
     out = F.scaled_dot_product_attention(
-        padded[0], padded[1], padded[2], attn_mask=is_key | ~has_key, dropout_p=dropout_p, scale=scale
+        query, key, value, attn_mask=is_key | ~has_key, dropout_p=dropout_p, scale=scale
     )
     out = torch.where(has_key, out, 0.0)
     return out.transpose(1, 2)[is_row].to(q.dtype)  # autocast computes it in its own dtype

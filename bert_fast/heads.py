@@ -55,6 +55,7 @@ class BertHead(nn.Module, ABC):
     """An encoder and a head. The name of a class is that of transformers' class with the same weights."""
 
     has_pooler: ClassVar[bool]
+    has_labels: ClassVar[bool] = False  # whether there are num_labels classes
 
     def __init__(self, config: BertConfig, *, num_labels: int = 2) -> None:
         super().__init__()
@@ -96,7 +97,8 @@ class BertHead(nn.Module, ABC):
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes config.json and model.safetensors, which transformers' class of the same name loads."""
-        checkpoint.save(self, self.config, type(self).__name__, path)
+        num_labels = self.num_labels if self.has_labels else None
+        checkpoint.save(self, self.config, type(self).__name__, path, num_labels=num_labels)
 
 
 class MaskedLMHead(nn.Module):
@@ -228,6 +230,7 @@ class BertForSequenceClassification(BertHead):
     """A class, a set of classes or a number for each sequence or pair."""
 
     has_pooler = True
+    has_labels = True
 
     def build(self) -> None:
         self.classifier = nn.Linear(self.config.hidden_size, self.num_labels)
@@ -239,19 +242,19 @@ class BertForSequenceClassification(BertHead):
         token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> HeadOutput:
-        """logits (batch, num_labels); the labels' form chooses the loss.
+        """logits (batch, num_labels); the form of the labels chooses the loss.
 
-        int (batch,): cross-entropy; float (batch, num_labels): one logistic loss a class; float (batch,) with one
-        label: mean squared error.
+        One label: numbers (batch,), mean squared error. Several: int (batch,), cross-entropy; float (batch,
+        num_labels), one logistic loss a class.
         """
         output = self.bert(input_ids, attention_mask, token_type_ids)
         logits = self.classifier(self.dropout(output.pooled))
         if labels is None:
             return HeadOutput(None, logits, output)
-        if not labels.is_floating_point():
-            loss = _cross_entropy(logits, labels)
-        elif self.num_labels == 1:
+        if self.num_labels == 1:
             loss = F.mse_loss(logits.flatten().float(), labels.flatten().float())
+        elif not labels.is_floating_point():
+            loss = _cross_entropy(logits, labels)
         else:
             loss = F.binary_cross_entropy_with_logits(logits.float(), labels.float())
         return HeadOutput(loss, logits, output)
@@ -261,6 +264,7 @@ class BertForTokenClassification(BertHead):
     """A class for each token."""
 
     has_pooler = False
+    has_labels = True
 
     def build(self) -> None:
         self.classifier = nn.Linear(self.config.hidden_size, self.num_labels)
@@ -297,7 +301,7 @@ class BertForQuestionAnswering(BertHead):
     ) -> HeadOutput:
         """logits (2, batch, length): start and end, the lowest finite number at padding; positions (batch,).
 
-        A position outside [0, length) is ignored, as for an answer that was cut off.
+        A position outside [0, length), or at padding, is ignored, as for an answer that was cut off.
         """
         output = self.bert(input_ids, attention_mask, token_type_ids)
         batch = output.batch
@@ -306,9 +310,14 @@ class BertForQuestionAnswering(BertHead):
         logits = padded.masked_fill(~is_token[..., None], torch.finfo(padded.dtype).min).permute(2, 0, 1)
         if start_positions is None or end_positions is None:
             return HeadOutput(None, logits, output)
-        length = batch.shape[1]
+        last = batch.shape[1] - 1
         start, end = (
-            _cross_entropy(scores, target.where((target >= 0) & (target < length), IGNORED))
+            _cross_entropy(
+                scores,
+                target.where(
+                    (target >= 0) & (target <= last) & is_token.gather(1, target.clamp(0, last)[:, None])[:, 0], IGNORED
+                ),
+            )
             for scores, target in zip(logits, (start_positions, end_positions), strict=True)
         )
         return HeadOutput((start + end) / 2, logits, output)

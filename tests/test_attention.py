@@ -76,8 +76,11 @@ EDGES = (1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 257)
 MIN_SAMPLE = 31
 
 LARGE_CASES = [
-    *(Case(EDGES, heads, size) for heads, size in ((1, 16), (3, 32), (3, 44), (5, 64), (1, 80), (3, 96), (1, 128))),
-    *(Case(EDGES[::-1], heads, size) for heads, size in ((5, 1), (3, 7), (1, 13))),
+    *(Case(EDGES, heads, size) for heads, size in ((3, 44), (1, 64), (1, 128), (5, 1))),
+    *(
+        Case((65, 2, 129), heads, size)
+        for heads, size in ((3, 7), (1, 13), (1, 16), (5, 32), (3, 64), (1, 80), (3, 96))
+    ),
     *(Case((length,), 3, 44) for length in EDGES if length >= MIN_SAMPLE),
     Case((129, 0, 64, 257, 0, 3), 3, 64, num_keys=(1, 0, 0, 128, 0, 2)),
     Case((512, 384), 2, 64, num_keys=(511, 384)),
@@ -340,6 +343,8 @@ def test_log_sum_exp(attention_place: Place, case: Case) -> None:
             assert_twice_torch("log-sum-exp", lse[:, start:stop], low, exact.cpu())
 
 
+# The interpreter computes rows that are no keys, of infinite probabilities, before it masks them.
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("shift", [-300.0, 300.0], ids=str)
 def test_large_scores_do_not_overflow(attention_place: Place, shift: float) -> None:
     """Every score is near shift: its exponential is 0 or infinite, the softmax is not. (dQ, a sum of products of K with

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -83,29 +84,29 @@ def differentiate(function: Function, inputs: Inputs, grad_y: Tensor | None = No
     return {"y": y.detach(), **{f"gradient of {name}": grad for name, grad in zip(named, grads, strict=True)}}
 
 
-def ours(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
-    return functional.layer_norm(x, weight, bias, EPS, residual)
+def ours(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float = EPS) -> Tensor:
+    return functional.layer_norm(x, weight, bias, eps, residual)
 
 
-def torchs(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
+def torchs(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float = EPS) -> Tensor:
     """torch's own, in the dtype of x + residual."""
     x = x if residual is None else x + residual
-    return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), EPS)
+    return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
 
 
-def oracle(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
-    return reference.layer_norm(x, weight, bias, EPS, residual)
+def oracle(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float = EPS) -> Tensor:
+    return reference.layer_norm(x, weight, bias, eps, residual)
 
 
-def run(place: Place, inputs: Inputs, grad_y: Tensor | None = None) -> dict[str, Tensor]:
+def run(place: Place, inputs: Inputs, grad_y: Tensor | None = None, eps: float = EPS) -> dict[str, Tensor]:
     with place.forced():
-        return differentiate(ours, inputs, grad_y)
+        return differentiate(partial(ours, eps=eps), inputs, grad_y)
 
 
-def check(place: Place, inputs: Inputs) -> None:
-    result, expected = run(place, inputs), differentiate(torchs, inputs)
+def check(place: Place, inputs: Inputs, eps: float = EPS) -> None:
+    result, expected = run(place, inputs, eps=eps), differentiate(partial(torchs, eps=eps), inputs)
     exact_inputs = inputs.to(torch.float64, torch.float64, torch.float64, "cpu")
-    exact = differentiate(oracle, exact_inputs, make_grad(expected["y"]))
+    exact = differentiate(partial(oracle, eps=eps), exact_inputs, make_grad(expected["y"]))
     for name, truth in exact.items():
         assert_twice_torch(name, result[name], expected[name], truth)
 
@@ -144,6 +145,14 @@ def test_mixed_dtypes(place: Place, residual_dtype: torch.dtype, weight_dtype: t
     y = run(place, inputs)["y"]
     assert y.dtype == torch.promote_types(place.dtype, residual_dtype)
     check(place, inputs)
+
+
+def test_eps_is_added_to_the_variance(place: Place) -> None:
+    inputs = make_inputs(5, 34, has_residual=True).at(place)
+    inputs.x[2], inputs.x[3] = 1.5, inputs.x[3] * 1e-3  # rows without and with hardly any variance
+    assert inputs.residual is not None
+    inputs.residual[2:4] = -0.5
+    check(place, inputs, eps=0.3)
 
 
 @pytest.mark.parametrize("has_residual", [False, True], ids=["alone", "residual"])

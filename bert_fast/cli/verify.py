@@ -8,7 +8,6 @@ import torch
 from rich.console import Console
 
 import bert_fast
-from bert_fast.swap.verify import VerificationError
 
 from . import models
 
@@ -55,7 +54,7 @@ def run(console: Console, path: Path | None, device: torch.device) -> bool:
     with console.status("running the swapped model, the original and float64"):
         try:
             result = bert_fast.verify(model, batch)
-        except VerificationError as error:
+        except bert_fast.VerificationError as error:
             result = error.result
     console.print(
         f"{BATCH_SIZE} sequences of random ids: ragged, with holes, left padding and an empty row, on {device}"

@@ -2,6 +2,6 @@
 
 from .core import restore, swap
 from .report import report
-from .verify import verify
+from .verify import VerificationError, verify
 
-__all__ = ["report", "restore", "swap", "verify"]
+__all__ = ["VerificationError", "report", "restore", "swap", "verify"]

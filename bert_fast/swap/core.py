@@ -27,6 +27,9 @@ Model = TypeVar("Model", bound=nn.Module)
 
 FAST = "fast"
 
+# A warning is attributed to the line that called the model, past these packages.
+FRAMEWORKS = frozenset({"accelerate", "bert_fast", "sentence_transformers", "torch", "transformers"})
+
 
 class Swapped:
     """Marks a swapped class. The attributes belong to the class, but for `bert_fast_calls`, which counts paths."""
@@ -107,7 +110,16 @@ def count(model: nn.Module, path: str) -> None:
         object.__setattr__(model, "bert_fast_calls", calls)
     calls[path] += 1
     if path != FAST and calls[path] == 1:
-        warnings.warn(f"bert_fast: {type(model).__name__} takes its original path: {path}", stacklevel=4)
+        message = f"bert_fast: {type(model).__name__} takes its original path: {path}"
+        warnings.warn(message, stacklevel=_callers_level())
+
+
+def _callers_level() -> int:
+    """The stack level of the line outside the frameworks that called the model."""
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in FRAMEWORKS:
+        level, frame = level + 1, frame.f_back
+    return max(level - 1, 1)
 
 
 def _class_maker(base: Any) -> Callable[[], type[nn.Module]] | None:
