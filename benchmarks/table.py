@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -20,7 +21,7 @@ def rows(results: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
     result = []
     for entry in results["benchmarks"]:
         module = Path(entry["fullname"].partition("::")[0]).stem.removeprefix("bench_")
-        case = f"{module}: {entry['name'].removeprefix('test_')}"
+        case = escape(f"{module}: {entry['name'].removeprefix('test_')}".replace("cpu-", ""))
         ours = entry["stats"]["median"]
         peers = entry["extra_info"].get("peers", {})
         if not peers:

@@ -156,6 +156,8 @@ def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Te
     """
     if approximate not in ("none", "tanh"):
         raise ValueError(f"approximate is {approximate!r}; it must be 'none' or 'tanh'")
+    if x.dim() == 0:
+        raise ValueError("x has shape (); (..., width) is needed")
     width = x.shape[-1]
     if bias is not None and bias.shape != (width,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}; ({width},) is needed")

@@ -26,7 +26,7 @@ MASK_DTYPES = frozenset(
 __all__ = ["Bins", "MaskedTokens", "PackedBatch", "make_tiles", "mask_tokens", "pack", "pad", "unpad"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # not frozen: that would double the time it takes to make one
 class PackedBatch:
     """A batch without its padding: sequence after sequence, and what is needed to run attention and to pad again.
 
@@ -119,13 +119,16 @@ def unpad(
     """
     if attention_mask.dim() != 2:
         raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; (batch, length) is needed")
-    shape = (attention_mask.shape[0], attention_mask.shape[1])
-    for name, tensor in (("ids", ids), ("token_types", token_types), ("keep", keep)):
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)} and attention_mask {shape}; one shape is needed")
-    if device is None:
-        device = attention_mask.device if ids is None else ids.device
-    mask = attention_mask.detach()
+    rows, columns = attention_mask.shape
+    shape = (rows, columns)
+    if ids is not None or token_types is not None or keep is not None:
+        for name, tensor in (("ids", ids), ("token_types", token_types), ("keep", keep)):
+            if tensor is not None and tensor.shape != shape:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)} and attention_mask {shape}; they must agree")
+    place = attention_mask.device if ids is None else ids.device
+    if device is not None:
+        place = torch.device(device)
+    mask = attention_mask.detach() if attention_mask.requires_grad else attention_mask
     if mask.dtype not in MASK_DTYPES:
         mask = mask != 0 if mask.element_size() > 1 else mask.float() != 0
     kept = None if keep is None else keep.detach().bool().cpu().contiguous().numpy()
@@ -145,14 +148,14 @@ def unpad(
         num_keys=torch.from_numpy(num_keys),
         shape=shape,
     )
-    if torch.device(device).type != "cpu":
-        batch = batch.to(device)
+    if place.type != "cpu":
+        batch = batch.to(place)
     if ids is None and token_types is None:
         return batch
     return replace(
         batch,
-        ids=None if ids is None else batch.select(ids.to(device)),
-        token_types=None if token_types is None else batch.select(token_types.to(device)),
+        ids=None if ids is None else batch.select(ids.to(place)),
+        token_types=None if token_types is None else batch.select(token_types.to(place)),
     )
 
 

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <optional>
 #include <stdexcept>
@@ -132,9 +133,9 @@ py::tuple unpad(const py::array& mask, const std::optional<py::array>& keep, boo
     }
     auto indices = new_array<int64_t>({counts.total});
     auto positions = new_array<int64_t>({counts.total});
-    auto cu_seqlens = new_array<int32_t>({view.rows + 1});
-    auto num_keys = new_array<int32_t>({view.rows});
-    auto tiles = new_array<int32_t>({counts.num_tiles, 4});
+    py::array_t<int32_t> cu_seqlens(view.rows + 1);
+    py::array_t<int32_t> num_keys(view.rows);
+    py::array_t<int32_t> tiles({counts.num_tiles, int64_t{4}});
     int64_t* indices_data = indices.mutable_data();
     int64_t* positions_data = positions.mutable_data();
     int32_t* cu_seqlens_data = cu_seqlens.mutable_data();
@@ -225,12 +226,17 @@ py::tuple mask_token_ids(const py::array& ids, const std::optional<py::array>& w
     int64_t* masked_data = masked_ids.mutable_data();
     int64_t* labels_data = labels.mutable_data();
     checked_threads(threads);
-    std::vector<int64_t> places;
+    std::vector<std::vector<int64_t>> parts;
     {
         py::gil_scoped_release release;
-        places = mask_tokens(ids_data, words, rows, columns, special_ids, rule, threads, masked_data, labels_data);
+        parts = mask_tokens(ids_data, words, rows, columns, special_ids, rule, threads, masked_data, labels_data);
     }
-    return py::make_tuple(masked_ids, labels, to_array(places));
+    size_t count = 0;
+    for (const auto& part : parts) count += part.size();
+    auto places = new_array<int64_t>({static_cast<py::ssize_t>(count)});
+    int64_t* next = places.mutable_data();
+    for (const auto& part : parts) next = std::copy(part.begin(), part.end(), next);
+    return py::make_tuple(masked_ids, labels, places);
 }
 
 // ---- CPU kernels ---------------------------------------------------------------------------------------------------

@@ -267,8 +267,9 @@ constexpr uint32_t kSelect = 0;
 constexpr uint32_t kReplace = 1;
 constexpr uint32_t kSpan = 2;
 
-constexpr int kLanes = 16;
-constexpr int kChunk = 4 * kLanes;
+constexpr int kLanes = 64;          // counters drawn at a time: enough that one's rounds hide behind another's
+constexpr int kGroup = 16;          // neighbouring columns that read the same word of neighbouring counters
+constexpr int kChunk = 4 * kLanes;  // columns that a draw of the selection serves
 
 // Four words for each of kLanes counters (counter, row low, row high, purpose); words[w][lane].
 struct Draws {
@@ -321,8 +322,9 @@ class RowMasker {
           is_special_(rule.vocab_size, 0) {
         for (int64_t id : special_ids) is_special_[id] = 1;
         for (int64_t id = 0; id < rule.vocab_size; ++id)
-            if (!is_special_[id]) ordinary_ids_.push_back(id);
-        if (rule.random_probability > 0 && ordinary_ids_.empty())
+            if (is_special_[id]) special_ids_.push_back(id);
+        num_ordinary_ = static_cast<uint64_t>(rule.vocab_size) - special_ids_.size();
+        if (rule.random_probability > 0 && num_ordinary_ == 0)
             fail("every id in [0, " + std::to_string(rule.vocab_size) +
                  ") is special; random_probability > 0 needs an id that is not");
         double total = 0;
@@ -335,14 +337,14 @@ class RowMasker {
     }
 
     // Appends the predicted places of the row; returns the column of the first id out of range, or -1.
-    int64_t mask_row(int64_t row, std::vector<int64_t>& places) const {
+    int64_t mask_row(int64_t row, std::vector<uint32_t>& columns, std::vector<int64_t>& places) const {
         const int64_t first = row * columns_;
         std::memcpy(masked_ids_ + first, ids_ + first, columns_ * sizeof(int64_t));
         std::fill_n(labels_ + first, columns_, kIgnored);
         if (!all_below(ids_ + first, columns_, rule_.vocab_size))
             for (int64_t column = 0; column < columns_; ++column)
                 if (ids_[first + column] < 0 || ids_[first + column] >= rule_.vocab_size) return column;
-        std::vector<uint32_t> columns;
+        columns.clear();
         switch (rule_.unit) {
             case MaskUnit::token: select_tokens(row, columns); break;
             case MaskUnit::word: select_words(row, columns); break;
@@ -363,6 +365,16 @@ class RowMasker {
         return word_ids_ != nullptr && word_ids_[place] == word_ids_[before];
     }
 
+    // The id with this number among those that are not special.
+    int64_t ordinary_id(uint64_t number) const {
+        int64_t id = static_cast<int64_t>(number);
+        for (int64_t special : special_ids_) {
+            if (special > id) break;
+            ++id;
+        }
+        return id;
+    }
+
     // The kChunk selection words of the columns from `start`, a multiple of kChunk, on.
     void draw_selection(int64_t row, int64_t start, Draws& draws) const {
         uint32_t counters[kLanes];
@@ -376,15 +388,17 @@ class RowMasker {
         Draws draws;
         for (int64_t start = 0; start < columns_; start += kChunk) {
             draw_selection(row, start, draws);
-            const uint32_t* words = &draws.words[0][0];
             const int stop = static_cast<int>(std::min<int64_t>(kChunk, columns_ - start));
-            int selected[kChunk];
+            int selected[kChunk + 1];
             int count = 0;
-            for (int i = 0; i < stop; ++i) {
-                selected[count] = i;
-                count += words[i] < select_below_ ? 1 : 0;
+            for (int group = 0; group * kGroup < stop; ++group) {
+                const uint32_t* words = &draws.words[group % 4][group / 4 * kGroup];
+                for (int i = 0; i < kGroup; ++i) {
+                    selected[count] = group * kGroup + i;
+                    count += words[i] < select_below_ ? 1 : 0;
+                }
             }
-            for (int j = 0; j < count; ++j)
+            for (int j = 0; j < count && selected[j] < stop; ++j)
                 if (is_maskable(first + start + selected[j])) columns.push_back(static_cast<uint32_t>(start + selected[j]));
         }
     }
@@ -402,8 +416,10 @@ class RowMasker {
                 in_word = false;
                 continue;
             }
-            if (!in_word || !same_word(place, place - 1))
-                is_selected = (&draws.words[0][0])[column % kChunk] < select_below_;
+            if (!in_word || !same_word(place, place - 1)) {
+                const int64_t group = column % kChunk / kGroup;
+                is_selected = draws.words[group % 4][group / 4 * kGroup + column % kGroup] < select_below_;
+            }
             in_word = true;
             if (is_selected) columns.push_back(static_cast<uint32_t>(column));
         }
@@ -485,7 +501,7 @@ class RowMasker {
                 if (draws.words[0][lane] < mask_below_) {
                     masked_ids_[place] = rule_.mask_id;
                 } else if (draws.words[0][lane] < random_below_) {
-                    masked_ids_[place] = ordinary_ids_[scale_to(draws.words[1][lane], ordinary_ids_.size())];
+                    masked_ids_[place] = ordinary_id(scale_to(draws.words[1][lane], num_ordinary_));
                 }
                 places.push_back(place);
             }
@@ -503,7 +519,8 @@ class RowMasker {
     uint64_t mask_below_;
     uint64_t random_below_;
     std::vector<uint8_t> is_special_;
-    std::vector<int64_t> ordinary_ids_;
+    std::vector<int64_t> special_ids_;  // each once, ascending
+    uint64_t num_ordinary_ = 0;
     std::vector<uint64_t> span_below_;
 };
 
@@ -525,7 +542,7 @@ void check_range(const char* name, int64_t value, int64_t low, int64_t high) {
 
 }  // namespace
 
-std::vector<int64_t> mask_tokens(const int64_t* ids, const int32_t* word_ids, int64_t rows, int64_t columns,
+std::vector<std::vector<int64_t>> mask_tokens(const int64_t* ids, const int32_t* word_ids, int64_t rows, int64_t columns,
                                  const std::vector<int64_t>& special_ids, const MaskingRule& rule, int threads,
                                  int64_t* masked_ids, int64_t* labels) {
     check_probability("probability", rule.probability);
@@ -544,11 +561,15 @@ std::vector<int64_t> mask_tokens(const int64_t* ids, const int32_t* word_ids, in
     const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, rows));
     std::vector<std::vector<int64_t>> places(parts);
     std::vector<int64_t> bad_place(parts, -1);
+    const auto columns_hint = static_cast<size_t>(1.2 * rule.probability * static_cast<double>(columns)) + 1;
 #pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
     for (int64_t part = 0; part < parts; ++part) {
         const int64_t stop = rows * (part + 1) / parts;
+        std::vector<uint32_t> selected;
+        selected.reserve(columns_hint);
+        places[part].reserve(columns_hint * static_cast<size_t>(stop - rows * part / parts));
         for (int64_t row = rows * part / parts; row < stop && bad_place[part] < 0; ++row) {
-            const int64_t bad_column = masker.mask_row(row, places[part]);
+            const int64_t bad_column = masker.mask_row(row, selected, places[part]);
             if (bad_column >= 0) bad_place[part] = row * columns + bad_column;
         }
     }
@@ -557,9 +578,7 @@ std::vector<int64_t> mask_tokens(const int64_t* ids, const int32_t* word_ids, in
             fail("ids[" + std::to_string(place / columns) + ", " + std::to_string(place % columns) + "] is " +
                  std::to_string(ids[place]) + "; ids lie in [0, " + std::to_string(rule.vocab_size) + ")");
 
-    std::vector<int64_t> all = std::move(places[0]);
-    for (int64_t part = 1; part < parts; ++part) all.insert(all.end(), places[part].begin(), places[part].end());
-    return all;
+    return places;
 }
 
 }  // namespace bert_fast

@@ -90,7 +90,7 @@ struct MaskingRule {
 };
 
 // ids (rows, columns) -> masked_ids and labels (both rows, columns; labels are -100 where nothing is predicted) and the
-// predicted places row * columns + column, ascending. Tokens whose id is special, or whose word_id is negative, are
+// predicted places row * columns + column, ascending, in parts. Tokens whose id is special, or whose word_id is negative, are
 // never touched. word_ids (rows, columns; may be null: every token is a word): equal neighbours form a word.
 // Draws: Philox with key `seed` and counter (n, row low, row high, purpose); a word w stands for w / 2^32 in [0, 1).
 //   purpose 0, n = column / 64 * 16 + column % 16: word column / 16 % 4 selects the column (its word, by the first one);
@@ -99,7 +99,7 @@ struct MaskingRule {
 //   purpose 2, spans: n = 0, word 0 rounds the row's budget; n > 0, words 0 and 1 are the n-th span's length and start.
 // Probabilities are rounded to 2^-32. A span ends early at a word that is taken or larger than what is left of the
 // budget, and a row gives up after 16 + 8 * words spans: one whose words are all larger than its budget gets none.
-std::vector<int64_t> mask_tokens(const int64_t* ids, const int32_t* word_ids, int64_t rows, int64_t columns,
+std::vector<std::vector<int64_t>> mask_tokens(const int64_t* ids, const int32_t* word_ids, int64_t rows, int64_t columns,
                                  const std::vector<int64_t>& special_ids, const MaskingRule& rule, int threads,
                                  int64_t* masked_ids, int64_t* labels);
 
