@@ -293,6 +293,17 @@ BERT_FAST_CLONES void draw(Philox philox, const uint32_t* counters, uint64_t row
     }
 }
 
+// For each group of columns, one bit for each column whose word is at most `last`.
+BERT_FAST_CLONES void select_groups(const Draws& draws, uint32_t last, uint32_t* bits_of_groups) {
+    for (int group = 0; group < kChunk / kGroup; ++group) {
+        const uint32_t* words = &draws.words[group % 4][group / 4 * kGroup];
+        uint32_t bits = 0;
+#pragma omp simd reduction(| : bits)
+        for (int i = 0; i < kGroup; ++i) bits |= static_cast<uint32_t>(words[i] <= last) << i;
+        bits_of_groups[group] = bits;
+    }
+}
+
 // Whether all values lie in [0, limit); a negative one is above every limit when read as unsigned.
 BERT_FAST_CLONES bool all_below(const int64_t* values, int64_t count, int64_t limit) {
     uint64_t largest = 0;
@@ -368,10 +379,7 @@ class RowMasker {
     // The id with this number among those that are not special.
     int64_t ordinary_id(uint64_t number) const {
         int64_t id = static_cast<int64_t>(number);
-        for (int64_t special : special_ids_) {
-            if (special > id) break;
-            ++id;
-        }
+        for (int64_t special : special_ids_) id += special <= id ? 1 : 0;
         return id;
     }
 
@@ -384,22 +392,20 @@ class RowMasker {
 
     // Each token is drawn on its own. Few are selected, so only those are looked at.
     void select_tokens(int64_t row, std::vector<uint32_t>& columns) const {
+        if (select_below_ == 0) return;
         const int64_t first = row * columns_;
         Draws draws;
         for (int64_t start = 0; start < columns_; start += kChunk) {
             draw_selection(row, start, draws);
-            const int stop = static_cast<int>(std::min<int64_t>(kChunk, columns_ - start));
-            int selected[kChunk + 1];
-            int count = 0;
-            for (int group = 0; group * kGroup < stop; ++group) {
-                const uint32_t* words = &draws.words[group % 4][group / 4 * kGroup];
-                for (int i = 0; i < kGroup; ++i) {
-                    selected[count] = group * kGroup + i;
-                    count += words[i] < select_below_ ? 1 : 0;
+            uint32_t bits_of_groups[kChunk / kGroup];
+            select_groups(draws, static_cast<uint32_t>(select_below_ - 1), bits_of_groups);
+            for (int group = 0; group < kChunk / kGroup; ++group) {
+                for (uint32_t bits = bits_of_groups[group]; bits != 0; bits &= bits - 1) {
+                    const int64_t column = start + group * kGroup + __builtin_ctz(bits);
+                    if (column < columns_ && is_maskable(first + column))
+                        columns.push_back(static_cast<uint32_t>(column));
                 }
             }
-            for (int j = 0; j < count && selected[j] < stop; ++j)
-                if (is_maskable(first + start + selected[j])) columns.push_back(static_cast<uint32_t>(start + selected[j]));
         }
     }
 
@@ -489,21 +495,26 @@ class RowMasker {
     // 80/10/10 (or what the rule says) over the selected columns, which ascend.
     void replace(int64_t row, const std::vector<uint32_t>& columns, std::vector<int64_t>& places) const {
         const int64_t first = row * columns_;
+        const size_t before = places.size();
+        places.resize(before + columns.size());
         Draws draws;
         for (size_t start = 0; start < columns.size(); start += kLanes) {
             const size_t count = std::min<size_t>(kLanes, columns.size() - start);
+            int64_t* next = places.data() + before + start;
             uint32_t counters[kLanes] = {};
             std::copy_n(columns.begin() + static_cast<std::ptrdiff_t>(start), count, counters);
             draw(philox_, counters, row_number(row), kReplace, draws);
             for (size_t lane = 0; lane < count; ++lane) {
                 const int64_t place = first + counters[lane];
-                labels_[place] = ids_[place];
-                if (draws.words[0][lane] < mask_below_) {
-                    masked_ids_[place] = rule_.mask_id;
-                } else if (draws.words[0][lane] < random_below_) {
-                    masked_ids_[place] = ordinary_id(scale_to(draws.words[1][lane], num_ordinary_));
-                }
-                places.push_back(place);
+                const uint64_t action = draws.words[0][lane];
+                const int64_t random_id = ordinary_id(scale_to(draws.words[1][lane], num_ordinary_));
+                // Selections, not branches: nothing could predict them.
+                int64_t id = ids_[place];
+                labels_[place] = id;
+                id = action < random_below_ ? random_id : id;
+                id = action < mask_below_ ? rule_.mask_id : id;
+                masked_ids_[place] = id;
+                next[lane] = place;
             }
         }
     }
