@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from .bert import FAMILY as BERT
@@ -111,7 +112,7 @@ def count(model: nn.Module, path: str) -> None:
     calls[path] += 1
     if path != FAST and calls[path] == 1:
         message = f"bert_fast: {type(model).__name__} takes its original path: {path}"
-        warnings.warn(message, stacklevel=_callers_level())
+        warnings.warn(message, stacklevel=2 if torch.compiler.is_compiling() else _callers_level())
 
 
 def _callers_level() -> int:
