@@ -29,7 +29,7 @@ namespace {
 
 // ---- unpad ---------------------------------------------------------------------------------------------------------
 
-// Whole blocks from `start` on without (kIsZero) or with nothing but (not kIsZero) zeros: where the first other one begins.
+// Skips whole blocks of nothing but zeros (kIsZero) or without any; returns where the first other block begins.
 template <bool kIsZero, int64_t kBlock, typename T>
 inline __attribute__((always_inline)) int64_t skip_blocks(const T* values, int64_t start, int64_t count) {
     for (; start + kBlock <= count; start += kBlock) {
@@ -262,7 +262,7 @@ namespace {
 
 constexpr int64_t kIgnored = -100;
 
-// What the third counter word says a draw is for (see masking.h).
+// What the last counter word says a draw is for (see masking.h).
 constexpr uint32_t kSelect = 0;
 constexpr uint32_t kReplace = 1;
 constexpr uint32_t kSpan = 2;
