@@ -45,6 +45,7 @@ setup(
                 "csrc/cpu/attention.inl",
                 "csrc/cpu/gelu.inl",
                 "csrc/cpu/layer_norm.inl",
+                "csrc/cpu/masking.inl",
                 "csrc/cpu/instantiate.inl",
             ],
             cxx_std=17,

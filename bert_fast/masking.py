@@ -32,7 +32,7 @@ class PackedBatch:
 
     Attributes:
         ids: (tokens,) int64, or None where the batch is made of embeddings.
-        positions: (tokens,) int64, index into the position table.
+        positions: (tokens,) integers, index into the position table.
         token_types: (tokens,) int64, or None: all zero.
         cu_seqlens: (batch + 1,) int32, first row of each sequence, then the number of tokens.
         max_seqlen: rows of the longest sequence.
@@ -131,9 +131,9 @@ def unpad(
     mask = attention_mask.detach() if attention_mask.requires_grad else attention_mask
     if mask.dtype not in MASK_DTYPES:
         mask = mask != 0 if mask.element_size() > 1 else mask.float() != 0
-    kept = None if keep is None else keep.detach().bool().cpu().contiguous().numpy()
+    kept = None if keep is None else _host_array(keep.detach().bool())
     indices, positions, cu_seqlens, num_keys, tiles, max_seqlen = _C.unpad(
-        mask.cpu().contiguous().numpy(), kept, keep_first, TILE_SIZE, torch.get_num_threads()
+        _host_array(mask), kept, keep_first, TILE_SIZE, torch.get_num_threads()
     )
     # Nothing hidden: the padded rows are the packed rows. (Extra rows leave their place, so they count.)
     is_whole = indices.shape[0] == shape[0] * shape[1] and bool((num_keys == shape[1]).all())
@@ -194,6 +194,13 @@ def make_tiles(cu_seqlens: Tensor, num_keys: Tensor | None = None) -> Tensor:
     """
     keys = None if num_keys is None else _integers("num_keys", num_keys, torch.int32)
     return torch.from_numpy(_C.tiles(_integers("cu_seqlens", cu_seqlens, torch.int32), keys, TILE_SIZE))
+
+
+def _host_array(x: Tensor) -> np.ndarray[Any, Any]:
+    """x as a contiguous array on the host. Nothing is called that is not needed: unpad takes microseconds."""
+    if not x.is_cpu:
+        x = x.cpu()
+    return cast("np.ndarray[Any, Any]", x.numpy() if x.is_contiguous() else x.contiguous().numpy())
 
 
 def _integers(name: str, x: Tensor, dtype: torch.dtype) -> np.ndarray[Any, Any]:

@@ -82,19 +82,18 @@ void check_tile_size(int64_t tile_size) {
     if (tile_size < 1) fail("tile_size is " + std::to_string(tile_size) + "; it must be at least 1");
 }
 
-// An uninitialised array whose memory comes from the pool and returns to it.
+// The buffer as an array of this shape; the memory goes back to the pool with the array.
 template <typename T>
-py::array_t<T> new_array(std::vector<py::ssize_t> shape) {
-    static Pool& pool = *new Pool;  // never destroyed: arrays may outlive every static object
-    size_t size = sizeof(T);
-    for (py::ssize_t length : shape) size *= static_cast<size_t>(length);
-    auto* block = new Pool::Block(pool.take(size));
-    const py::capsule owner(block, [](void* data) {
-        const auto* held = static_cast<Pool::Block*>(data);
-        pool.give_back(*held);
-        delete held;
-    });
-    return py::array_t<T>(std::move(shape), static_cast<const T*>(block->data), owner);
+py::array_t<T> to_array(Buffer<T> buffer, std::vector<py::ssize_t> shape) {
+    auto* held = new Buffer<T>(std::move(buffer));
+    const py::capsule owner(held, [](void* data) { delete static_cast<Buffer<T>*>(data); });
+    return py::array_t<T>(std::move(shape), held->data(), owner);
+}
+
+template <typename T>
+py::array_t<T> to_array(Buffer<T> buffer) {
+    const auto size = static_cast<py::ssize_t>(buffer.size());
+    return to_array(std::move(buffer), {size});
 }
 
 template <typename T>
@@ -105,19 +104,36 @@ py::array_t<T> to_array(const std::vector<T>& values) {
 // ---- masking -------------------------------------------------------------------------------------------------------
 
 MaskType mask_type(const py::array& mask) {
-    if (py::isinstance<py::array_t<bool>>(mask) || py::isinstance<py::array_t<uint8_t>>(mask) ||
-        py::isinstance<py::array_t<int8_t>>(mask))
-        return MaskType::uint8;
-    if (py::isinstance<py::array_t<int16_t>>(mask)) return MaskType::int16;
-    if (py::isinstance<py::array_t<int32_t>>(mask)) return MaskType::int32;
-    if (py::isinstance<py::array_t<int64_t>>(mask)) return MaskType::int64;
-    if (py::isinstance<py::array_t<float>>(mask)) return MaskType::float32;
-    if (py::isinstance<py::array_t<double>>(mask)) return MaskType::float64;
+    const py::dtype dtype = mask.dtype();
+    const char kind = dtype.byteorder() == '>' ? '?' : dtype.kind();
+    switch (dtype.itemsize()) {
+        case 1:
+            if (kind == 'b' || kind == 'u' || kind == 'i') return MaskType::uint8;
+            break;
+        case 2:
+            if (kind == 'i') return MaskType::int16;
+            break;
+        case 4:
+            if (kind == 'i') return MaskType::int32;
+            if (kind == 'f') return MaskType::float32;
+            break;
+        case 8:
+            if (kind == 'i') return MaskType::int64;
+            if (kind == 'f') return MaskType::float64;
+            break;
+        default: break;
+    }
     fail("mask has dtype " + py::str(mask.dtype()).cast<std::string>() +
          "; bool, uint8, int8, int16, int32, int64, float32 or float64 is needed");
 }
 
-py::tuple unpad(const py::array& mask, const std::optional<py::array>& keep, bool keep_first, int64_t tile_size,
+py::array_t<int32_t> tiles_array(const Tile* tiles, size_t count) {
+    py::array_t<int32_t> result({static_cast<py::ssize_t>(count), py::ssize_t{4}});
+    if (count > 0) std::memcpy(result.mutable_data(), tiles, count * sizeof(Tile));
+    return result;
+}
+
+py::tuple unpad_mask(const py::array& mask, const std::optional<py::array>& keep, bool keep_first, int64_t tile_size,
                 int threads) {
     check_rank(mask, "mask", 2);
     const MaskView view{mask.data(), mask_type(mask), mask.shape(0), mask.shape(1)};
@@ -126,27 +142,14 @@ py::tuple unpad(const py::array& mask, const std::optional<py::array>& keep, boo
     const auto* keep_bytes = reinterpret_cast<const uint8_t*>(keep_data);
     check_tile_size(tile_size);
     checked_threads(threads);
-    RowCounts counts;
+    Packing packing;
     {
         py::gil_scoped_release release;
-        counts = count_rows(view, keep_bytes, keep_first, tile_size, threads);
+        packing = unpad(view, keep_bytes, keep_first, tile_size, threads);
     }
-    auto indices = new_array<int64_t>({counts.total});
-    auto positions = new_array<int64_t>({counts.total});
-    py::array_t<int32_t> cu_seqlens(view.rows + 1);
-    py::array_t<int32_t> num_keys(view.rows);
-    py::array_t<int32_t> tiles({counts.num_tiles, int64_t{4}});
-    int64_t* indices_data = indices.mutable_data();
-    int64_t* positions_data = positions.mutable_data();
-    int32_t* cu_seqlens_data = cu_seqlens.mutable_data();
-    int32_t* num_keys_data = num_keys.mutable_data();
-    auto* tiles_data = reinterpret_cast<Tile*>(tiles.mutable_data());
-    {
-        py::gil_scoped_release release;
-        fill_packing(view, keep_bytes, keep_first, counts, tile_size, threads, indices_data, positions_data,
-                     cu_seqlens_data, num_keys_data, tiles_data);
-    }
-    return py::make_tuple(indices, positions, cu_seqlens, num_keys, tiles, counts.max_seqlen);
+    return py::make_tuple(to_array(std::move(packing.indices)), to_array(std::move(packing.positions)),
+                          to_array(std::move(packing.cu_seqlens)), to_array(std::move(packing.num_keys)),
+                          tiles_array(packing.tiles.data(), packing.tiles.size()), packing.max_seqlen);
 }
 
 py::array_t<int32_t> tiles(const py::array& cu_seqlens, const std::optional<py::array>& num_keys, int64_t tile_size) {
@@ -161,9 +164,7 @@ py::array_t<int32_t> tiles(const py::array& cu_seqlens, const std::optional<py::
         py::gil_scoped_release release;
         list = make_tiles(bounds, keys, sequences, tile_size);
     }
-    py::array_t<int32_t> result({static_cast<int64_t>(list.size()), int64_t{4}});
-    if (!list.empty()) std::memcpy(result.mutable_data(), list.data(), list.size() * sizeof(Tile));
-    return result;
+    return tiles_array(list.data(), list.size());
 }
 
 void pad(const py::array& packed, const py::array& indices, py::array& out, int threads) {
@@ -221,22 +222,22 @@ py::tuple mask_token_ids(const py::array& ids, const std::optional<py::array>& w
     rule.first_row = first_row;
     const int64_t* ids_data = input<int64_t>(ids, "ids", {rows, columns});
     const int32_t* words = optional_input<int32_t>(word_ids, "word_ids", {rows, columns});
-    auto masked_ids = new_array<int64_t>({rows, columns});
-    auto labels = new_array<int64_t>({rows, columns});
-    int64_t* masked_data = masked_ids.mutable_data();
-    int64_t* labels_data = labels.mutable_data();
+    Buffer<int64_t> masked_ids(rows * columns);
+    Buffer<int64_t> labels(rows * columns);
     checked_threads(threads);
     std::vector<std::vector<int64_t>> parts;
     {
         py::gil_scoped_release release;
-        parts = mask_tokens(ids_data, words, rows, columns, special_ids, rule, threads, masked_data, labels_data);
+        parts = mask_tokens(ids_data, words, rows, columns, special_ids, rule, threads, masked_ids.data(),
+                            labels.data());
     }
     size_t count = 0;
     for (const auto& part : parts) count += part.size();
-    auto places = new_array<int64_t>({static_cast<py::ssize_t>(count)});
-    int64_t* next = places.mutable_data();
+    Buffer<int64_t> places(count);
+    int64_t* next = places.data();
     for (const auto& part : parts) next = std::copy(part.begin(), part.end(), next);
-    return py::make_tuple(masked_ids, labels, places);
+    return py::make_tuple(to_array(std::move(masked_ids), {rows, columns}), to_array(std::move(labels), {rows, columns}),
+                          to_array(std::move(places)));
 }
 
 // ---- CPU kernels ---------------------------------------------------------------------------------------------------
@@ -409,7 +410,7 @@ bool has_openmp() {
 
 PYBIND11_MODULE(_C, module) {
     module.doc() = "Masking and CPU kernels of bert_fast; use them through bert_fast.masking and bert_fast.functional.";
-    module.def("unpad", &unpad, py::arg("mask"), py::arg("keep"), py::arg("keep_first"), py::arg("tile_size"),
+    module.def("unpad", &unpad_mask, py::arg("mask"), py::arg("keep"), py::arg("keep_first"), py::arg("tile_size"),
                py::arg("threads"));
     module.def("tiles", &tiles, py::arg("cu_seqlens"), py::arg("num_keys"), py::arg("tile_size"));
     module.def("pad", &pad, py::arg("packed"), py::arg("indices"), py::arg("out"), py::arg("threads"));

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <exception>
 #include <iomanip>
 #include <limits>
 #include <numeric>
@@ -13,14 +14,8 @@
 #include <tuple>
 #include <utility>
 
+#include "cpu/kernels.h"
 #include "philox.h"
-
-// The integer loops below gain from wide registers; the best version is picked when the library is loaded.
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__)
-#define BERT_FAST_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define BERT_FAST_CLONES
-#endif
 
 namespace bert_fast {
 namespace {
@@ -29,144 +24,145 @@ namespace {
 
 // ---- unpad ---------------------------------------------------------------------------------------------------------
 
-// Skips whole blocks of nothing but zeros (kIsZero) or without any; returns where the first other block begins.
-template <bool kIsZero, int64_t kBlock, typename T>
-inline __attribute__((always_inline)) int64_t skip_blocks(const T* values, int64_t start, int64_t count) {
-    for (; start + kBlock <= count; start += kBlock) {
-        T found = 0;
-        for (int64_t i = 0; i < kBlock; ++i)
-            found |= kIsZero ? values[start + i] : static_cast<T>(values[start + i] == 0);
-        if (found) break;
-    }
-    return start;
-}
-
-// Leading elements that are not zero, if all that follow are zero; -1 otherwise. One pass, by blocks that fill registers.
-template <typename T>
-inline __attribute__((always_inline)) int64_t prefix_length(const T* values, int64_t count) {
-    constexpr int64_t kBlock = 256 / sizeof(T);
-    int64_t length = skip_blocks<false, kBlock>(values, 0, count);
-    length = skip_blocks<false, 8>(values, length, count);
-    while (length < count && values[length] != 0) ++length;
-    int64_t next = skip_blocks<true, kBlock>(values, length, count);
-    next = skip_blocks<true, 8>(values, next, count);
-    while (next < count && values[next] == 0) ++next;
-    return next == count ? length : -1;
-}
-
-BERT_FAST_CLONES int64_t prefix_length_of(const uint8_t* values, int64_t count) { return prefix_length(values, count); }
-BERT_FAST_CLONES int64_t prefix_length_of(const int16_t* values, int64_t count) { return prefix_length(values, count); }
-BERT_FAST_CLONES int64_t prefix_length_of(const int32_t* values, int64_t count) { return prefix_length(values, count); }
-BERT_FAST_CLONES int64_t prefix_length_of(const int64_t* values, int64_t count) { return prefix_length(values, count); }
-int64_t prefix_length_of(const float*, int64_t) { return -1; }  // masks of floats are rare: the plain way serves them
-int64_t prefix_length_of(const double*, int64_t) { return -1; }
-
-BERT_FAST_CLONES void fill_sequence(int64_t first, int64_t count, int64_t* out) {
-    for (int64_t i = 0; i < count; ++i) out[i] = first + i;
-}
-
-template <typename Function>
-void with_type(MaskType type, const void* data, Function&& function) {
-    switch (type) {
-        case MaskType::uint8: return function(static_cast<const uint8_t*>(data));
-        case MaskType::int16: return function(static_cast<const int16_t*>(data));
-        case MaskType::int32: return function(static_cast<const int32_t*>(data));
-        case MaskType::int64: return function(static_cast<const int64_t*>(data));
-        case MaskType::float32: return function(static_cast<const float*>(data));
-        case MaskType::float64: return function(static_cast<const double*>(data));
-    }
-}
-
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-bool is_extra(const uint8_t* keep_row, bool keep_first, int64_t column) {
-    return (keep_first && column == 0) || (keep_row != nullptr && keep_row[column] != 0);
-}
-
-void append_tiles(int32_t start, int32_t num_rows, int32_t num_keys, int64_t tile_size, Tile*& out) {
+// Returns where the next sequence's tiles begin.
+Tile* write_tiles(int32_t start, int32_t num_rows, int32_t num_keys, int64_t tile_size, Tile* out) {
     for (int64_t first = 0; first < num_rows; first += tile_size)
         *out++ = {start, num_rows, num_keys, static_cast<int32_t>(first)};
+    return out;
 }
+
+struct RowCount {
+    int32_t keys = 0;
+    int32_t extra = 0;
+    bool is_prefix = false;  // the keys are columns 0 .. keys - 1 and there is nothing extra
+    int64_t first_tile = 0;
+};
+
+// Allocates the outputs for these rows and finds where each row goes.
+Packing lay_out(std::vector<RowCount>& rows, int64_t tile_size) {
+    Packing packing;
+    packing.cu_seqlens = Buffer<int32_t>(rows.size() + 1);
+    packing.num_keys = Buffer<int32_t>(rows.size());
+    int32_t* cu_seqlens = packing.cu_seqlens.data();
+    int32_t total = 0;
+    int64_t num_tiles = 0;
+    for (size_t row = 0; row < rows.size(); ++row) {
+        const int32_t length = rows[row].keys + rows[row].extra;
+        cu_seqlens[row] = total;
+        packing.num_keys.data()[row] = rows[row].keys;
+        rows[row].first_tile = num_tiles;
+        total += length;
+        num_tiles += ceil_div(length, tile_size);
+        packing.max_seqlen = std::max(packing.max_seqlen, length);
+    }
+    cu_seqlens[rows.size()] = total;
+    packing.indices = Buffer<int64_t>(total);
+    packing.positions = Buffer<int32_t>(total);
+    packing.tiles = Buffer<Tile>(num_tiles);
+    return packing;
+}
+
+template <typename T>
+class Unpadding {
+  public:
+    Unpadding(const MaskView& mask, const uint8_t* keep, bool keep_first, int64_t tile_size)
+        : mask_(mask), keep_(keep), keep_first_(keep_first), tile_size_(tile_size), kernels_(cpu::kernels()) {}
+
+    Packing run(int threads) {
+        std::vector<RowCount> rows(mask_.rows);
+        Packing packing;
+        std::exception_ptr error;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+        {
+#pragma omp for schedule(static)
+            for (int64_t row = 0; row < mask_.rows; ++row) rows[row] = count(row);
+#pragma omp single
+            try {
+                packing = lay_out(rows, tile_size_);
+            } catch (...) {
+                error = std::current_exception();
+            }
+            if (error == nullptr) {
+#pragma omp for schedule(static)
+                for (int64_t row = 0; row < mask_.rows; ++row) fill(row, rows[row], packing);
+            }
+        }
+        if (error != nullptr) std::rethrow_exception(error);
+        return packing;
+    }
+
+  private:
+    const T* values(int64_t row) const { return static_cast<const T*>(mask_.data) + row * mask_.columns; }
+
+    bool is_extra(int64_t row, int64_t column) const {
+        return (keep_first_ && column == 0) || (keep_ != nullptr && keep_[row * mask_.columns + column] != 0);
+    }
+
+    RowCount count(int64_t row) const {
+        RowCount found;
+        const int64_t prefix =
+            keep_ == nullptr ? kernels_.prefix_length(mask_.type, values(row), mask_.columns) : int64_t{-1};
+        if (prefix > 0 || (prefix == 0 && !keep_first_)) {
+            found.keys = static_cast<int32_t>(prefix);
+            found.is_prefix = true;
+            return found;
+        }
+        for (int64_t column = 0; column < mask_.columns; ++column) {
+            if (values(row)[column] != 0) {
+                ++found.keys;
+            } else if (is_extra(row, column)) {
+                ++found.extra;
+            }
+        }
+        return found;
+    }
+
+    void fill(int64_t row, const RowCount& count, const Packing& packing) const {
+        const int32_t start = packing.cu_seqlens.data()[row];
+        write_tiles(start, count.keys + count.extra, count.keys, tile_size_, packing.tiles.data() + count.first_tile);
+        int64_t* indices = packing.indices.data() + start;
+        int32_t* positions = packing.positions.data() + start;
+        const int64_t first = row * mask_.columns;
+        if (count.is_prefix) {
+            kernels_.fill_sequence(first, count.keys, indices, positions);
+            return;
+        }
+        int64_t next_key = 0;
+        int64_t next_extra = count.keys;
+        for (int64_t column = 0; column < mask_.columns; ++column) {
+            const bool is_key = values(row)[column] != 0;
+            if (!is_key && !is_extra(row, column)) continue;
+            int64_t& next = is_key ? next_key : next_extra;
+            indices[next] = first + column;
+            positions[next] = static_cast<int32_t>(column);
+            ++next;
+        }
+    }
+
+    const MaskView& mask_;
+    const uint8_t* keep_;
+    bool keep_first_;
+    int64_t tile_size_;
+    const cpu::Kernels& kernels_;
+};
 
 }  // namespace
 
-RowCounts count_rows(const MaskView& mask, const uint8_t* keep, bool keep_first, int64_t tile_size, int threads) {
+Packing unpad(const MaskView& mask, const uint8_t* keep, bool keep_first, int64_t tile_size, int threads) {
     if (mask.rows * mask.columns > std::numeric_limits<int32_t>::max())
         fail("mask has " + std::to_string(mask.rows) + " x " + std::to_string(mask.columns) +
              " elements; a batch may have at most 2147483647 tokens");
-    RowCounts counts;
-    counts.keys.resize(mask.rows);
-    counts.extra.resize(mask.rows);
-    counts.is_prefix.resize(mask.rows);
-    with_type(mask.type, mask.data, [&](const auto* data) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-        for (int64_t row = 0; row < mask.rows; ++row) {
-            const auto* values = data + row * mask.columns;
-            const int64_t prefix = prefix_length_of(values, mask.columns);
-            const uint8_t* keep_row = keep == nullptr ? nullptr : keep + row * mask.columns;
-            if (prefix >= 0 && keep == nullptr && (prefix > 0 || !keep_first)) {
-                counts.keys[row] = static_cast<int32_t>(prefix);
-                counts.is_prefix[row] = 1;
-                continue;
-            }
-            for (int64_t column = 0; column < mask.columns; ++column) {
-                if (values[column] != 0) {
-                    ++counts.keys[row];
-                } else if (is_extra(keep_row, keep_first, column)) {
-                    ++counts.extra[row];
-                }
-            }
-        }
-    });
-    for (int64_t row = 0; row < mask.rows; ++row) {
-        const int32_t length = counts.keys[row] + counts.extra[row];
-        counts.total += length;
-        counts.num_tiles += ceil_div(length, tile_size);
-        counts.max_seqlen = std::max(counts.max_seqlen, length);
+    switch (mask.type) {
+        case MaskType::uint8: return Unpadding<uint8_t>(mask, keep, keep_first, tile_size).run(threads);
+        case MaskType::int16: return Unpadding<int16_t>(mask, keep, keep_first, tile_size).run(threads);
+        case MaskType::int32: return Unpadding<int32_t>(mask, keep, keep_first, tile_size).run(threads);
+        case MaskType::int64: return Unpadding<int64_t>(mask, keep, keep_first, tile_size).run(threads);
+        case MaskType::float32: return Unpadding<float>(mask, keep, keep_first, tile_size).run(threads);
+        case MaskType::float64: return Unpadding<double>(mask, keep, keep_first, tile_size).run(threads);
     }
-    return counts;
-}
-
-void fill_packing(const MaskView& mask, const uint8_t* keep, bool keep_first, const RowCounts& counts, int64_t tile_size,
-                  int threads, int64_t* indices, int64_t* positions, int32_t* cu_seqlens, int32_t* num_keys,
-                  Tile* tiles) {
-    cu_seqlens[0] = 0;
-    for (int64_t row = 0; row < mask.rows; ++row) {
-        const int32_t length = counts.keys[row] + counts.extra[row];
-        cu_seqlens[row + 1] = cu_seqlens[row] + length;
-        num_keys[row] = counts.keys[row];
-        append_tiles(cu_seqlens[row], length, counts.keys[row], tile_size, tiles);
-    }
-    with_type(mask.type, mask.data, [&](const auto* data) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-        for (int64_t row = 0; row < mask.rows; ++row) {
-            int64_t* row_indices = indices + cu_seqlens[row];
-            int64_t* row_positions = positions + cu_seqlens[row];
-            const int64_t first = row * mask.columns;
-            if (counts.is_prefix[row]) {
-                fill_sequence(first, counts.keys[row], row_indices);
-                fill_sequence(0, counts.keys[row], row_positions);
-                continue;
-            }
-            const auto* values = data + first;
-            const uint8_t* keep_row = keep == nullptr ? nullptr : keep + first;
-            int64_t next_key = 0;
-            int64_t next_extra = counts.keys[row];
-            for (int64_t column = 0; column < mask.columns; ++column) {
-                int64_t* next = nullptr;
-                if (values[column] != 0) {
-                    next = &next_key;
-                } else if (is_extra(keep_row, keep_first, column)) {
-                    next = &next_extra;
-                } else {
-                    continue;
-                }
-                row_indices[*next] = first + column;
-                row_positions[*next] = column;
-                ++*next;
-            }
-        }
-    });
+    fail("mask has an unknown type");
 }
 
 std::vector<Tile> make_tiles(const int32_t* cu_seqlens, const int32_t* num_keys, int64_t sequences, int64_t tile_size) {
@@ -186,7 +182,7 @@ std::vector<Tile> make_tiles(const int32_t* cu_seqlens, const int32_t* num_keys,
     Tile* next = tiles.data();
     for (int64_t i = 0; i < sequences; ++i) {
         const int32_t length = cu_seqlens[i + 1] - cu_seqlens[i];
-        append_tiles(cu_seqlens[i], length, num_keys == nullptr ? length : num_keys[i], tile_size, next);
+        next = write_tiles(cu_seqlens[i], length, num_keys == nullptr ? length : num_keys[i], tile_size, next);
     }
     return tiles;
 }
@@ -260,82 +256,35 @@ Bins pack(const int64_t* lengths, int64_t count, int64_t capacity) {
 
 namespace {
 
-constexpr int64_t kIgnored = -100;
-
-// What the last counter word says a draw is for (see masking.h).
-constexpr uint32_t kSelect = 0;
-constexpr uint32_t kReplace = 1;
-constexpr uint32_t kSpan = 2;
-
-constexpr int kLanes = 64;          // counters drawn at a time: enough that one's rounds hide behind another's
-constexpr int kGroup = 16;          // neighbouring columns that read the same word of neighbouring counters
-constexpr int kChunk = 4 * kLanes;  // columns that a draw of the selection serves
-
-// Four words for each of kLanes counters (counter, row low, row high, purpose); words[w][lane].
-struct Draws {
-    uint32_t words[4][kLanes];
-};
-
-BERT_FAST_CLONES void draw(Philox philox, const uint32_t* counters, uint64_t row, uint32_t purpose, Draws& draws) {
-    const uint32_t row_low = static_cast<uint32_t>(row);
-    const uint32_t row_high = static_cast<uint32_t>(row >> 32);
-#pragma omp simd
-    for (int lane = 0; lane < kLanes; ++lane) {
-        uint32_t c0 = counters[lane];
-        uint32_t c1 = row_low;
-        uint32_t c2 = row_high;
-        uint32_t c3 = purpose;
-        philox(c0, c1, c2, c3);
-        draws.words[0][lane] = c0;
-        draws.words[1][lane] = c1;
-        draws.words[2][lane] = c2;
-        draws.words[3][lane] = c3;
-    }
-}
-
-// For each group of columns, one bit for each column whose word is at most `last`.
-BERT_FAST_CLONES void select_groups(const Draws& draws, uint32_t last, uint32_t* bits_of_groups) {
-    for (int group = 0; group < kChunk / kGroup; ++group) {
-        const uint32_t* words = &draws.words[group % 4][group / 4 * kGroup];
-        uint32_t bits = 0;
-#pragma omp simd reduction(| : bits)
-        for (int i = 0; i < kGroup; ++i) bits |= static_cast<uint32_t>(words[i] <= last) << i;
-        bits_of_groups[group] = bits;
-    }
-}
-
-// Whether all values lie in [0, limit); a negative one is above every limit when read as unsigned.
-BERT_FAST_CLONES bool all_below(const int64_t* values, int64_t count, int64_t limit) {
-    uint64_t largest = 0;
-#pragma omp simd reduction(max : largest)
-    for (int64_t i = 0; i < count; ++i) largest = std::max(largest, static_cast<uint64_t>(values[i]));
-    return largest < static_cast<uint64_t>(limit);
-}
-
 uint64_t threshold(double probability) { return static_cast<uint64_t>(std::llround(probability * 4294967296.0)); }
 
-uint64_t scale_to(uint32_t word, uint64_t size) { return (uint64_t{word} * size) >> 32; }
+// The selected tokens of a block of rows, in order.
+struct Selection {
+    std::vector<uint32_t> rows;  // within the block
+    std::vector<uint32_t> columns;
+    size_t count = 0;
+};
 
-class RowMasker {
+class BlockMasker {
   public:
-    RowMasker(const int64_t* ids, const int32_t* word_ids, int64_t columns, const std::vector<int64_t>& special_ids,
-              const MaskingRule& rule, int64_t* masked_ids, int64_t* labels)
+    BlockMasker(const int64_t* ids, const int32_t* word_ids, int64_t columns, const std::vector<int64_t>& special_ids,
+                const MaskingRule& rule, int64_t* masked_ids, int64_t* labels)
         : ids_(ids),
           word_ids_(word_ids),
           columns_(columns),
           rule_(rule),
-          philox_(rule.seed),
+          kernels_(cpu::kernels()),
           masked_ids_(masked_ids),
           labels_(labels),
           select_below_(threshold(rule.probability)),
           mask_below_(threshold(rule.mask_probability)),
           random_below_(threshold(rule.mask_probability + rule.random_probability)),
-          is_special_(rule.vocab_size, 0) {
-        for (int64_t id : special_ids) is_special_[id] = 1;
-        for (int64_t id = 0; id < rule.vocab_size; ++id)
-            if (is_special_[id]) special_ids_.push_back(id);
-        num_ordinary_ = static_cast<uint64_t>(rule.vocab_size) - special_ids_.size();
-        if (rule.random_probability > 0 && num_ordinary_ == 0)
+          is_special_(rule.vocab_size, 0),
+          special_ids_(special_ids.begin(), special_ids.end()) {
+        std::sort(special_ids_.begin(), special_ids_.end());
+        special_ids_.erase(std::unique(special_ids_.begin(), special_ids_.end()), special_ids_.end());
+        for (uint32_t id : special_ids_) is_special_[id] = 1;
+        if (rule.random_probability > 0 && special_ids_.size() == static_cast<size_t>(rule.vocab_size))
             fail("every id in [0, " + std::to_string(rule.vocab_size) +
                  ") is special; random_probability > 0 needs an id that is not");
         double total = 0;
@@ -347,21 +296,36 @@ class RowMasker {
         }
     }
 
-    // Appends the predicted places of the row; returns the column of the first id out of range, or -1.
-    int64_t mask_row(int64_t row, std::vector<uint32_t>& columns, std::vector<int64_t>& places) const {
-        const int64_t first = row * columns_;
-        std::memcpy(masked_ids_ + first, ids_ + first, columns_ * sizeof(int64_t));
-        std::fill_n(labels_ + first, columns_, kIgnored);
-        if (!all_below(ids_ + first, columns_, rule_.vocab_size))
-            for (int64_t column = 0; column < columns_; ++column)
-                if (ids_[first + column] < 0 || ids_[first + column] >= rule_.vocab_size) return column;
-        columns.clear();
-        switch (rule_.unit) {
-            case MaskUnit::token: select_tokens(row, columns); break;
-            case MaskUnit::word: select_words(row, columns); break;
-            case MaskUnit::span: select_spans(row, columns); break;
+    // Rows that are worked on together: enough selected tokens to fill the registers, few enough to stay in the cache.
+    int64_t block_rows() const { return std::clamp<int64_t>(4096 / std::max<int64_t>(columns_, 1), 1, 64); }
+
+    // Appends the predicted places of the rows; returns the place of the first id out of range, or -1.
+    int64_t mask_rows(int64_t first_row, int64_t rows, std::vector<int64_t>& places) const {
+        Selection selection;
+        selection.rows.resize(rows * columns_);
+        selection.columns.resize(rows * columns_);
+        std::vector<uint64_t> bits((columns_ + 63) / 64);
+        for (int64_t row = first_row; row < first_row + rows; ++row) {
+            const int64_t first = row * columns_;
+            if (!kernels_.copy_ids(ids_ + first, columns_, rule_.vocab_size, masked_ids_ + first, labels_ + first)) {
+                for (int64_t place = first; place < first + columns_; ++place)
+                    if (ids_[place] < 0 || ids_[place] >= rule_.vocab_size) return place;
+            }
+            const size_t before = selection.count;
+            if (rule_.unit == MaskUnit::span) {
+                select_spans(row, selection);
+            } else if (select_below_ > 0) {
+                kernels_.select_columns(rule_.seed, row_number(row), columns_, static_cast<uint32_t>(select_below_ - 1),
+                                        bits.data());
+                if (rule_.unit == MaskUnit::token) {
+                    select_tokens(row, bits, selection);
+                } else {
+                    select_words(row, bits, selection);
+                }
+            }
+            std::fill(selection.rows.begin() + before, selection.rows.begin() + selection.count, row - first_row);
         }
-        replace(row, columns, places);
+        replace(first_row, selection, places);
         return -1;
     }
 
@@ -376,87 +340,66 @@ class RowMasker {
         return word_ids_ != nullptr && word_ids_[place] == word_ids_[before];
     }
 
-    // The id with this number among those that are not special.
-    int64_t ordinary_id(uint64_t number) const {
-        int64_t id = static_cast<int64_t>(number);
-        for (int64_t special : special_ids_) id += special <= id ? 1 : 0;
-        return id;
-    }
-
-    // The kChunk selection words of the columns from `start`, a multiple of kChunk, on.
-    void draw_selection(int64_t row, int64_t start, Draws& draws) const {
-        uint32_t counters[kLanes];
-        for (int lane = 0; lane < kLanes; ++lane) counters[lane] = static_cast<uint32_t>(start / 4 + lane);
-        draw(philox_, counters, row_number(row), kSelect, draws);
-    }
-
     // Each token is drawn on its own. Few are selected, so only those are looked at.
-    void select_tokens(int64_t row, std::vector<uint32_t>& columns) const {
-        if (select_below_ == 0) return;
+    void select_tokens(int64_t row, std::vector<uint64_t>& bits, Selection& selection) const {
         const int64_t first = row * columns_;
-        Draws draws;
-        for (int64_t start = 0; start < columns_; start += kChunk) {
-            draw_selection(row, start, draws);
-            uint32_t bits_of_groups[kChunk / kGroup];
-            select_groups(draws, static_cast<uint32_t>(select_below_ - 1), bits_of_groups);
-            for (int group = 0; group < kChunk / kGroup; ++group) {
-                for (uint32_t bits = bits_of_groups[group]; bits != 0; bits &= bits - 1) {
-                    const int64_t column = start + group * kGroup + __builtin_ctz(bits);
-                    if (column < columns_ && is_maskable(first + column))
-                        columns.push_back(static_cast<uint32_t>(column));
-                }
+        if (columns_ % 64 != 0) bits.back() &= (uint64_t{1} << (columns_ % 64)) - 1;
+        uint32_t* columns = selection.columns.data();
+        for (size_t group = 0; group < bits.size(); ++group) {
+            for (uint64_t left = bits[group]; left != 0; left &= left - 1) {
+                const int64_t column = static_cast<int64_t>(group) * 64 + __builtin_ctzll(left);
+                columns[selection.count] = static_cast<uint32_t>(column);
+                selection.count += is_maskable(first + column) ? 1 : 0;
             }
         }
     }
 
     // Each word is drawn through its first token.
-    void select_words(int64_t row, std::vector<uint32_t>& columns) const {
+    void select_words(int64_t row, const std::vector<uint64_t>& bits, Selection& selection) const {
         const int64_t first = row * columns_;
         bool is_selected = false;
         bool in_word = false;
-        Draws draws;
         for (int64_t column = 0; column < columns_; ++column) {
-            if (column % kChunk == 0) draw_selection(row, column, draws);
             const int64_t place = first + column;
             if (!is_maskable(place)) {
                 in_word = false;
                 continue;
             }
-            if (!in_word || !same_word(place, place - 1)) {
-                const int64_t group = column % kChunk / kGroup;
-                is_selected = draws.words[group % 4][group / 4 * kGroup + column % kGroup] < select_below_;
-            }
+            if (!in_word || !same_word(place, place - 1)) is_selected = (bits[column / 64] >> (column % 64)) & 1;
             in_word = true;
-            if (is_selected) columns.push_back(static_cast<uint32_t>(column));
+            if (is_selected) selection.columns[selection.count++] = static_cast<uint32_t>(column);
         }
     }
 
     // Spans of whole words until the row's budget is spent (n-gram masking: ALBERT, Lan et al. 2020, section 4.1).
-    void select_spans(int64_t row, std::vector<uint32_t>& columns) const {
+    void select_spans(int64_t row, Selection& selection) const {
         std::vector<std::pair<int64_t, int64_t>> words;  // [start, stop) columns
         const int64_t maskable = find_words(row, words);
         if (words.empty()) return;
 
-        uint32_t counters[kLanes];
-        Draws draws;
-        const auto redraw = [&](int64_t index) {
-            for (int lane = 0; lane < kLanes; ++lane) counters[lane] = static_cast<uint32_t>(index + lane);
-            draw(philox_, counters, row_number(row), kSpan, draws);
+        const Philox philox(rule_.seed);
+        const uint64_t number = row_number(row);
+        uint32_t draws[4];
+        const auto draw = [&](int64_t n) {
+            draws[0] = static_cast<uint32_t>(n);
+            draws[1] = static_cast<uint32_t>(number);
+            draws[2] = static_cast<uint32_t>(number >> 32);
+            draws[3] = kSpanPurpose;
+            philox(draws[0], draws[1], draws[2], draws[3]);
         };
-        redraw(0);
         // The budget is rounded at random, so that short rows are masked at the right rate on average.
         const double wanted = rule_.probability * static_cast<double>(maskable);
         int64_t budget = static_cast<int64_t>(std::floor(wanted));
-        if (draws.words[0][0] < threshold(wanted - std::floor(wanted))) ++budget;
+        draw(0);
+        if (draws[0] < threshold(wanted - std::floor(wanted))) ++budget;
 
         std::vector<uint8_t> is_taken(words.size(), 0);
         const int64_t attempts = 16 + 8 * static_cast<int64_t>(words.size());
         for (int64_t attempt = 1; attempt <= attempts && budget > 0; ++attempt) {
-            if (attempt % kLanes == 0) redraw(attempt);
-            const uint32_t span_word = draws.words[0][attempt % kLanes];
+            draw(attempt);
             int64_t span = 1;
-            while (span < rule_.max_span && span_word >= span_below_[span - 1]) ++span;
-            uint64_t word = scale_to(draws.words[1][attempt % kLanes], words.size());
+            while (span < rule_.max_span && draws[0] >= span_below_[span - 1]) ++span;
+            uint64_t word = (uint64_t{draws[1]} * words.size()) >> 32;
             for (; span > 0 && word < words.size() && !is_taken[word]; --span, ++word) {
                 const int64_t size = words[word].second - words[word].first;
                 if (size > budget) break;
@@ -467,7 +410,7 @@ class RowMasker {
         for (size_t word = 0; word < words.size(); ++word)
             if (is_taken[word])
                 for (int64_t column = words[word].first; column < words[word].second; ++column)
-                    columns.push_back(static_cast<uint32_t>(column));
+                    selection.columns[selection.count++] = static_cast<uint32_t>(column);
     }
 
     // The row's words as [start, stop) columns; returns how many tokens they hold.
@@ -492,30 +435,26 @@ class RowMasker {
         return maskable;
     }
 
-    // 80/10/10 (or what the rule says) over the selected columns, which ascend.
-    void replace(int64_t row, const std::vector<uint32_t>& columns, std::vector<int64_t>& places) const {
-        const int64_t first = row * columns_;
+    // 80/10/10 (or what the rule says) over the selected tokens.
+    void replace(int64_t first_row, const Selection& selection, std::vector<int64_t>& places) const {
+        const auto count = static_cast<int64_t>(selection.count);
+        std::vector<uint32_t> actions(selection.count);
+        std::vector<uint32_t> random_ids(selection.count);
+        kernels_.draw_replacements(rule_.seed, row_number(first_row), selection.columns.data(), selection.rows.data(),
+                                   count, static_cast<uint32_t>(rule_.vocab_size), special_ids_.data(),
+                                   static_cast<int64_t>(special_ids_.size()), actions.data(), random_ids.data());
         const size_t before = places.size();
-        places.resize(before + columns.size());
-        Draws draws;
-        for (size_t start = 0; start < columns.size(); start += kLanes) {
-            const size_t count = std::min<size_t>(kLanes, columns.size() - start);
-            int64_t* next = places.data() + before + start;
-            uint32_t counters[kLanes] = {};
-            std::copy_n(columns.begin() + static_cast<std::ptrdiff_t>(start), count, counters);
-            draw(philox_, counters, row_number(row), kReplace, draws);
-            for (size_t lane = 0; lane < count; ++lane) {
-                const int64_t place = first + counters[lane];
-                const uint64_t action = draws.words[0][lane];
-                const int64_t random_id = ordinary_id(scale_to(draws.words[1][lane], num_ordinary_));
-                // Selections, not branches: nothing could predict them.
-                int64_t id = ids_[place];
-                labels_[place] = id;
-                id = action < random_below_ ? random_id : id;
-                id = action < mask_below_ ? rule_.mask_id : id;
-                masked_ids_[place] = id;
-                next[lane] = place;
-            }
+        places.resize(before + selection.count);
+        int64_t* next = places.data() + before;
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t place = (first_row + selection.rows[i]) * columns_ + selection.columns[i];
+            // Selections, not branches: nothing could predict them.
+            int64_t id = ids_[place];
+            labels_[place] = id;
+            id = actions[i] < random_below_ ? int64_t{random_ids[i]} : id;
+            id = actions[i] < mask_below_ ? rule_.mask_id : id;
+            masked_ids_[place] = id;
+            next[i] = place;
         }
     }
 
@@ -523,15 +462,14 @@ class RowMasker {
     const int32_t* word_ids_;
     int64_t columns_;
     const MaskingRule& rule_;
-    Philox philox_;
+    const cpu::Kernels& kernels_;
     int64_t* masked_ids_;
     int64_t* labels_;
     uint64_t select_below_;
     uint64_t mask_below_;
     uint64_t random_below_;
     std::vector<uint8_t> is_special_;
-    std::vector<int64_t> special_ids_;  // each once, ascending
-    uint64_t num_ordinary_ = 0;
+    std::vector<uint32_t> special_ids_;  // each once, ascending
     std::vector<uint64_t> span_below_;
 };
 
@@ -568,21 +506,15 @@ std::vector<std::vector<int64_t>> mask_tokens(const int64_t* ids, const int32_t*
         if (id < 0 || id >= rule.vocab_size)
             fail("special_ids holds " + std::to_string(id) + "; ids lie in [0, " + std::to_string(rule.vocab_size) + ")");
 
-    const RowMasker masker(ids, word_ids, columns, special_ids, rule, masked_ids, labels);
+    const BlockMasker masker(ids, word_ids, columns, special_ids, rule, masked_ids, labels);
     const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, rows));
     std::vector<std::vector<int64_t>> places(parts);
     std::vector<int64_t> bad_place(parts, -1);
-    const auto columns_hint = static_cast<size_t>(1.2 * rule.probability * static_cast<double>(columns)) + 1;
 #pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
     for (int64_t part = 0; part < parts; ++part) {
         const int64_t stop = rows * (part + 1) / parts;
-        std::vector<uint32_t> selected;
-        selected.reserve(columns_hint);
-        places[part].reserve(columns_hint * static_cast<size_t>(stop - rows * part / parts));
-        for (int64_t row = rows * part / parts; row < stop && bad_place[part] < 0; ++row) {
-            const int64_t bad_column = masker.mask_row(row, selected, places[part]);
-            if (bad_column >= 0) bad_place[part] = row * columns + bad_column;
-        }
+        for (int64_t row = rows * part / parts; row < stop && bad_place[part] < 0; row += masker.block_rows())
+            bad_place[part] = masker.mask_rows(row, std::min(masker.block_rows(), stop - row), places[part]);
     }
     for (int64_t place : bad_place)
         if (place >= 0)

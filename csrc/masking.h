@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "pool.h"
+
 namespace bert_fast {
 
 // One tile of attention work: up to `tile_size` consecutive query rows of one sequence and the keys that they see.
@@ -32,24 +34,20 @@ struct MaskView {
     int64_t columns;
 };
 
-// What unpad needs to know of each row before the outputs can be allocated.
-struct RowCounts {
-    std::vector<int32_t> keys;      // tokens attended to
-    std::vector<int32_t> extra;     // tokens computed but not attended to
-    std::vector<uint8_t> is_prefix;  // the keys are columns 0 .. keys - 1 and there is nothing extra
-    int64_t total = 0;              // sum of keys and extra
-    int64_t num_tiles = 0;
-    int32_t max_seqlen = 0;  // largest keys + extra
+// A batch without its padding, sequence after sequence; within a sequence the keys, in order, then the tokens that are
+// computed although no other token attends to them, in order.
+struct Packing {
+    Buffer<int64_t> indices;    // (total) row * columns + column
+    Buffer<int32_t> positions;  // (total) column
+    Buffer<int32_t> cu_seqlens;  // (rows + 1)
+    Buffer<int32_t> num_keys;    // (rows)
+    Buffer<Tile> tiles;
+    int32_t max_seqlen = 0;
 };
 
-// `keep` (rows, columns; may be null) marks tokens that are computed although no other token attends to them;
+// `keep` (rows, columns; may be null) marks tokens that are kept although the mask hides them from the others;
 // keep_first does the same for column 0 of every row.
-RowCounts count_rows(const MaskView& mask, const uint8_t* keep, bool keep_first, int64_t tile_size, int threads);
-
-// Fills, in packed order: indices (total: row * columns + column), positions (total: column), cu_seqlens (rows + 1),
-// num_keys (rows) and tiles (num_tiles). Within a row the keys come first, in order, then the extra tokens, in order.
-void fill_packing(const MaskView& mask, const uint8_t* keep, bool keep_first, const RowCounts& counts, int64_t tile_size,
-                  int threads, int64_t* indices, int64_t* positions, int32_t* cu_seqlens, int32_t* num_keys, Tile* tiles);
+Packing unpad(const MaskView& mask, const uint8_t* keep, bool keep_first, int64_t tile_size, int threads);
 
 // Tiles of sequences that are already packed: cu_seqlens (sequences + 1), ascending from 0; num_keys (sequences) or null
 // where every row is a key.
@@ -74,6 +72,13 @@ struct Bins {
 Bins pack(const int64_t* lengths, int64_t count, int64_t capacity);
 
 // ---- mask_tokens ---------------------------------------------------------------------------------------------------
+
+constexpr int64_t kIgnoredLabel = -100;
+
+// What the last counter word says a draw is for.
+constexpr uint32_t kSelectPurpose = 0;
+constexpr uint32_t kReplacePurpose = 1;
+constexpr uint32_t kSpanPurpose = 2;
 
 enum class MaskUnit { token, word, span };
 

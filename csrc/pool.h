@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <mutex>
 #include <new>
+#include <utility>
 #include <vector>
 
 namespace bert_fast {
@@ -49,6 +50,12 @@ class Pool {
         }
     }
 
+    // Never destroyed: what was taken from it may outlive every static object.
+    static Pool& instance() {
+        static Pool& pool = *new Pool;
+        return pool;
+    }
+
   private:
     static constexpr size_t kLine = 64;
     static constexpr size_t kMaxBlocks = 16;
@@ -57,6 +64,30 @@ class Pool {
     std::mutex mutex_;
     std::vector<Block> blocks_;  // the most recently used last
     size_t held_ = 0;
+};
+
+// An uninitialised array of plain values whose memory comes from the pool and returns to it.
+template <typename T>
+class Buffer {
+  public:
+    Buffer() = default;
+    explicit Buffer(size_t size) : block_(Pool::instance().take(size * sizeof(T))), size_(size) {}
+    Buffer(Buffer&& other) noexcept : block_(other.block_), size_(other.size_) { other.block_.data = nullptr; }
+    Buffer& operator=(Buffer&& other) noexcept {
+        std::swap(block_, other.block_);
+        std::swap(size_, other.size_);
+        return *this;
+    }
+    ~Buffer() {
+        if (block_.data != nullptr) Pool::instance().give_back(block_);
+    }
+
+    T* data() const { return static_cast<T*>(block_.data); }
+    size_t size() const { return size_; }
+
+  private:
+    Pool::Block block_{nullptr, 0};
+    size_t size_ = 0;
 };
 
 }  // namespace bert_fast

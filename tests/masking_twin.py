@@ -52,7 +52,7 @@ class Packing(NamedTuple):
     """What `unpad` finds; the names and shapes of PackedBatch."""
 
     indices: Ints
-    positions: Ints
+    positions: NDArray[np.int32]
     cu_seqlens: NDArray[np.int32]
     num_keys: NDArray[np.int32]
     tiles: NDArray[np.int32]
@@ -75,7 +75,7 @@ def unpad(mask: Bools, keep: Bools | None, keep_first: bool, tile_size: int) -> 
         num_keys.append(len(keys))
     return Packing(
         np.array(indices, np.int64),
-        np.array(positions, np.int64),
+        np.array(positions, np.int32),
         np.array(cu_seqlens, np.int32),
         np.array(num_keys, np.int32),
         make_tiles(cu_seqlens, num_keys, tile_size),

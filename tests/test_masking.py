@@ -167,7 +167,7 @@ def test_unpad_every_prefix(dtype: torch.dtype) -> None:
     batch = unpad(with_dtype(mask, dtype))
     assert batch.indices is not None
     assert_same(batch.indices, np.flatnonzero(mask))
-    assert_same(batch.positions, np.nonzero(mask)[1])
+    assert_same(batch.positions, np.nonzero(mask)[1].astype(np.int32))
     assert_same(batch.num_keys, mask.sum(1, dtype=np.int32))
     assert_same(batch.cu_seqlens, np.cumsum([0, *mask.sum(1)], dtype=np.int32))
 

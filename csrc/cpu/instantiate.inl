@@ -3,6 +3,7 @@
 #include "attention.inl"
 #include "gelu.inl"
 #include "layer_norm.inl"
+#include "masking.inl"
 
 #define BERT_FAST_NAME_(isa) isa##_kernels
 #define BERT_FAST_NAME(isa) BERT_FAST_NAME_(isa)
@@ -19,6 +20,11 @@ const Kernels BERT_FAST_NAME(BERT_FAST_ISA) = {
     BERT_FAST_ISA::layer_norm_backward,
     BERT_FAST_ISA::gelu,
     BERT_FAST_ISA::gelu_backward,
+    BERT_FAST_ISA::prefix_length_of,
+    BERT_FAST_ISA::fill_sequence,
+    BERT_FAST_ISA::copy_ids,
+    BERT_FAST_ISA::select_columns,
+    BERT_FAST_ISA::draw_replacements,
 };
 
 }  // namespace bert_fast::cpu

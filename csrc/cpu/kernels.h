@@ -66,6 +66,27 @@ struct Kernels {
     // grad_bias may be null.
     void (*gelu_backward)(int64_t rows, int64_t width, const float* grad_y, const float* x, const float* bias,
                                Gelu kind, float* grad_x, float* grad_bias, int threads);
+
+    // ---- the inner loops of masking.cpp, on one thread ----
+
+    // Leading values that are not zero, if all that follow are zero; -1 otherwise, and always for masks of floats.
+    int64_t (*prefix_length)(MaskType type, const void* values, int64_t count);
+
+    // indices = first, first + 1, ...; positions = 0, 1, ...
+    void (*fill_sequence)(int64_t first, int64_t count, int64_t* indices, int32_t* positions);
+
+    // masked_ids = ids, labels = kIgnoredLabel; returns whether all ids lie in [0, limit).
+    bool (*copy_ids)(const int64_t* ids, int64_t count, int64_t limit, int64_t* masked_ids, int64_t* labels);
+
+    // Bit c % 64 of bits[c / 64]: whether column c's word of selection (mask_tokens in masking.h) is at most `last`.
+    // Bits beyond the last column may be set too.
+    void (*select_columns)(uint64_t seed, uint64_t row, int64_t columns, uint32_t last, uint64_t* bits);
+
+    // Words 0 of the replacement draws of mask_tokens, for the tokens at (first_row + rows[i], columns[i]), and the ids
+    // that words 1 draw. special_ids ascend, each once.
+    void (*draw_replacements)(uint64_t seed, uint64_t first_row, const uint32_t* columns, const uint32_t* rows,
+                              int64_t count, uint32_t vocab_size, const uint32_t* special_ids, int64_t num_special,
+                              uint32_t* actions, uint32_t* random_ids);
 };
 
 // The best table for this machine, chosen once; BERT_FAST_ISA=portable|avx2|avx512 in the environment chooses another.

@@ -9,4 +9,9 @@
 #include <limits>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "../philox.h"
 #include "kernels.h"
