@@ -44,7 +44,12 @@ def compare(
 
     def finished(call: Callable[[], Any]) -> Callable[[], Any]:
         """The call with the wait for its device; on a CPU the bare call, since a wrapper counts in microseconds."""
-        return call if device == "cpu" else lambda: (call(), synchronise(device))
+
+        def run() -> None:
+            call()
+            synchronise(device)
+
+        return call if device == "cpu" else run
 
     measured = finished(ours)
     others = {name: finished(peer) for name, peer in peers.items()}

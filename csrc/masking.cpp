@@ -72,12 +72,18 @@ class Unpadding {
 
     Packing run(int threads) {
         std::vector<RowCount> rows(mask_.rows);
+        std::vector<int32_t> prefixes(mask_.rows);
         Packing packing;
         std::exception_ptr error;
 #pragma omp parallel num_threads(threads) if (threads > 1)
         {
 #pragma omp for schedule(static)
-            for (int64_t row = 0; row < mask_.rows; ++row) rows[row] = count(row);
+            for (int64_t part = 0; part < threads; ++part) {
+                const int64_t first = mask_.rows * part / threads;
+                const int64_t last = mask_.rows * (part + 1) / threads;
+                kernels_.prefix_lengths(mask_, first, last, prefixes.data());
+                for (int64_t row = first; row < last; ++row) rows[row] = count(row, prefixes[row]);
+            }
 #pragma omp single
             try {
                 packing = lay_out(rows, tile_size_);
@@ -100,12 +106,10 @@ class Unpadding {
         return (keep_first_ && column == 0) || (keep_ != nullptr && keep_[row * mask_.columns + column] != 0);
     }
 
-    RowCount count(int64_t row) const {
+    RowCount count(int64_t row, int32_t prefix) const {
         RowCount found;
-        const int64_t prefix =
-            keep_ == nullptr ? kernels_.prefix_length(mask_.type, values(row), mask_.columns) : int64_t{-1};
-        if (prefix > 0 || (prefix == 0 && !keep_first_)) {
-            found.keys = static_cast<int32_t>(prefix);
+        if (keep_ == nullptr && (prefix > 0 || (prefix == 0 && !keep_first_))) {
+            found.keys = prefix;
             found.is_prefix = true;
             return found;
         }

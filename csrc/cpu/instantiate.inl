@@ -20,7 +20,7 @@ const Kernels BERT_FAST_NAME(BERT_FAST_ISA) = {
     BERT_FAST_ISA::layer_norm_backward,
     BERT_FAST_ISA::gelu,
     BERT_FAST_ISA::gelu_backward,
-    BERT_FAST_ISA::prefix_length_of,
+    BERT_FAST_ISA::prefix_lengths,
     BERT_FAST_ISA::fill_sequence,
     BERT_FAST_ISA::copy_ids,
     BERT_FAST_ISA::select_columns,

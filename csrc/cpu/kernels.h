@@ -69,8 +69,9 @@ struct Kernels {
 
     // ---- the inner loops of masking.cpp, on one thread ----
 
-    // Leading values that are not zero, if all that follow are zero; -1 otherwise, and always for masks of floats.
-    int64_t (*prefix_length)(MaskType type, const void* values, int64_t count);
+    // For each row of a mask: its leading values that are not zero, if all that follow are zero; -1 otherwise, and
+    // always for masks of floats.
+    void (*prefix_lengths)(const MaskView& mask, int64_t first_row, int64_t last_row, int32_t* lengths);
 
     // indices = first, first + 1, ...; positions = 0, 1, ...
     void (*fill_sequence)(int64_t first, int64_t count, int64_t* indices, int32_t* positions);

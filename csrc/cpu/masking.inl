@@ -29,8 +29,7 @@ BERT_FAST_INLINE bool ends_in_block(const T* values, int64_t count, int64_t& len
 }
 
 template <typename T>
-int64_t prefix_length(const void* data, int64_t count) {
-    const T* values = static_cast<const T*>(data);
+BERT_FAST_INLINE int32_t prefix_length(const T* values, int64_t count) {
     int64_t length = skip_blocks<false>(values, 0, count);
     int64_t next = length;
     if (next + kMaskBlock <= count) {
@@ -38,18 +37,27 @@ int64_t prefix_length(const void* data, int64_t count) {
         next = skip_blocks<true>(values, next + kMaskBlock, count);
     }
     if (next + kMaskBlock <= count) return -1;
-    const int64_t before = length;
-    if (!ends_in_block(values + next, count - next, length)) return -1;
-    return before == next || length == before ? length : -1;
+    if (next < count) {
+        const int64_t before = length;
+        if (!ends_in_block(values + next, count - next, length)) return -1;
+        if (before != next && length != before) return -1;
+    }
+    return static_cast<int32_t>(length);
 }
 
-int64_t prefix_length_of(MaskType type, const void* values, int64_t count) {
-    switch (type) {
-        case MaskType::uint8: return prefix_length<uint8_t>(values, count);
-        case MaskType::int16: return prefix_length<int16_t>(values, count);
-        case MaskType::int32: return prefix_length<int32_t>(values, count);
-        case MaskType::int64: return prefix_length<int64_t>(values, count);
-        default: return -1;  // masks of floats are rare: the plain way serves them
+template <typename T>
+void prefix_lengths_of(const MaskView& mask, int64_t first_row, int64_t last_row, int32_t* lengths) {
+    for (int64_t row = first_row; row < last_row; ++row)
+        lengths[row] = prefix_length(static_cast<const T*>(mask.data) + row * mask.columns, mask.columns);
+}
+
+void prefix_lengths(const MaskView& mask, int64_t first_row, int64_t last_row, int32_t* lengths) {
+    switch (mask.type) {
+        case MaskType::uint8: return prefix_lengths_of<uint8_t>(mask, first_row, last_row, lengths);
+        case MaskType::int16: return prefix_lengths_of<int16_t>(mask, first_row, last_row, lengths);
+        case MaskType::int32: return prefix_lengths_of<int32_t>(mask, first_row, last_row, lengths);
+        case MaskType::int64: return prefix_lengths_of<int64_t>(mask, first_row, last_row, lengths);
+        default: std::fill(lengths + first_row, lengths + last_row, -1);  // rare: the plain way serves them
     }
 }
 
