@@ -127,9 +127,9 @@ MaskType mask_type(const py::array& mask) {
          "; bool, uint8, int8, int16, int32, int64, float32 or float64 is needed");
 }
 
-py::array_t<int32_t> tiles_array(const Tile* tiles, size_t count) {
-    py::array_t<int32_t> result({static_cast<py::ssize_t>(count), py::ssize_t{4}});
-    if (count > 0) std::memcpy(result.mutable_data(), tiles, count * sizeof(Tile));
+py::array_t<int32_t> tiles_array(const std::vector<Tile>& tiles) {
+    py::array_t<int32_t> result({static_cast<py::ssize_t>(tiles.size()), py::ssize_t{4}});
+    if (!tiles.empty()) std::memcpy(result.mutable_data(), tiles.data(), tiles.size() * sizeof(Tile));
     return result;
 }
 
@@ -148,8 +148,8 @@ py::tuple unpad_mask(const py::array& mask, const std::optional<py::array>& keep
         packing = unpad(view, keep_bytes, keep_first, tile_size, threads);
     }
     return py::make_tuple(to_array(std::move(packing.indices)), to_array(std::move(packing.positions)),
-                          to_array(std::move(packing.cu_seqlens)), to_array(std::move(packing.num_keys)),
-                          tiles_array(packing.tiles.data(), packing.tiles.size()), packing.max_seqlen);
+                          to_array(packing.cu_seqlens), to_array(packing.num_keys), tiles_array(packing.tiles),
+                          packing.max_seqlen);
 }
 
 py::array_t<int32_t> tiles(const py::array& cu_seqlens, const std::optional<py::array>& num_keys, int64_t tile_size) {
@@ -164,7 +164,7 @@ py::array_t<int32_t> tiles(const py::array& cu_seqlens, const std::optional<py::
         py::gil_scoped_release release;
         list = make_tiles(bounds, keys, sequences, tile_size);
     }
-    return tiles_array(list.data(), list.size());
+    return tiles_array(list);
 }
 
 void pad(const py::array& packed, const py::array& indices, py::array& out, int threads) {

@@ -43,24 +43,23 @@ struct RowCount {
 // Allocates the outputs for these rows and finds where each row goes.
 Packing lay_out(std::vector<RowCount>& rows, int64_t tile_size) {
     Packing packing;
-    packing.cu_seqlens = Buffer<int32_t>(rows.size() + 1);
-    packing.num_keys = Buffer<int32_t>(rows.size());
-    int32_t* cu_seqlens = packing.cu_seqlens.data();
+    packing.cu_seqlens.resize(rows.size() + 1);
+    packing.num_keys.resize(rows.size());
     int32_t total = 0;
     int64_t num_tiles = 0;
     for (size_t row = 0; row < rows.size(); ++row) {
         const int32_t length = rows[row].keys + rows[row].extra;
-        cu_seqlens[row] = total;
-        packing.num_keys.data()[row] = rows[row].keys;
+        packing.cu_seqlens[row] = total;
+        packing.num_keys[row] = rows[row].keys;
         rows[row].first_tile = num_tiles;
         total += length;
         num_tiles += ceil_div(length, tile_size);
         packing.max_seqlen = std::max(packing.max_seqlen, length);
     }
-    cu_seqlens[rows.size()] = total;
+    packing.cu_seqlens[rows.size()] = total;
     packing.indices = Buffer<int64_t>(total);
     packing.positions = Buffer<int32_t>(total);
-    packing.tiles = Buffer<Tile>(num_tiles);
+    packing.tiles.resize(num_tiles);
     return packing;
 }
 
@@ -123,8 +122,8 @@ class Unpadding {
         return found;
     }
 
-    void fill(int64_t row, const RowCount& count, const Packing& packing) const {
-        const int32_t start = packing.cu_seqlens.data()[row];
+    void fill(int64_t row, const RowCount& count, Packing& packing) const {
+        const int32_t start = packing.cu_seqlens[row];
         write_tiles(start, count.keys + count.extra, count.keys, tile_size_, packing.tiles.data() + count.first_tile);
         int64_t* indices = packing.indices.data() + start;
         int32_t* positions = packing.positions.data() + start;

@@ -39,9 +39,9 @@ struct MaskView {
 struct Packing {
     Buffer<int64_t> indices;    // (total) row * columns + column
     Buffer<int32_t> positions;  // (total) column
-    Buffer<int32_t> cu_seqlens;  // (rows + 1)
-    Buffer<int32_t> num_keys;    // (rows)
-    Buffer<Tile> tiles;
+    std::vector<int32_t> cu_seqlens;  // (rows + 1)
+    std::vector<int32_t> num_keys;    // (rows)
+    std::vector<Tile> tiles;
     int32_t max_seqlen = 0;
 };
 
