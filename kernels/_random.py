@@ -1,4 +1,4 @@
-"""Dropout masks: a pure function of (seed, stream, place), so the backward pass draws them again instead of reading them.
+"""Dropout masks: a pure function of (seed, stream, place). The backward pass draws them again instead of reading them.
 
 The generator is Philox-4x32 with seven rounds, the fewest with which it passes every test of its authors (Salmon et al.
 2011, table 2). A counter gives eight numbers of 16 bits; an element is dropped when its number is below
@@ -29,7 +29,8 @@ def scale(rate: float) -> float:
 @triton.jit
 def _number(word0, word1, word2, word3, which, is_lower):
     """The chosen word, with its chosen half in the upper 16 bits."""
-    word = tl.where((which & 2) != 0, tl.where((which & 1) != 0, word3, word2), tl.where((which & 1) != 0, word1, word0))
+    is_odd = (which & 1) != 0
+    word = tl.where((which & 2) != 0, tl.where(is_odd, word3, word2), tl.where(is_odd, word1, word0))
     return tl.where(is_lower, word << 16, word)
 
 
@@ -55,7 +56,10 @@ def keep_scores(seed, sequence_start, head, query_idx, key_idx, threshold):
 
 @triton.jit
 def keep_features(seed, row, column_idx, threshold):
-    """Which features of a row (int64) stay. Counter: (column / 8, row low, row high, 0); column % 8 chooses the number."""
+    """Which features of a row (int64) stay.
+
+    Counter: (column / 8, row low, row high, 0). Column bits 1 and 2 choose the word, bit 0 its lower half.
+    """
     row_low = (row & 0xFFFFFFFF).to(tl.uint32)
     row_high = (row >> 32).to(tl.uint32)
     word0, word1, word2, word3 = tl.philox(seed, column_idx >> 3, row_low, row_high, 0, ROUNDS)
