@@ -21,6 +21,7 @@ setup(
         "bert_fast",
         "bert_fast.cli",
         "bert_fast.kernels",
+        "bert_fast.ops",
         "bert_fast.swap",
     ],
     package_data={"bert_fast": ["py.typed", "data/*.txt"]},

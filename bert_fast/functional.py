@@ -12,7 +12,10 @@ from torch import Tensor
 
 from . import ops
 
-__all__ = ["attention", "gelu", "layer_norm", "pad"]
+__all__ = ["attention", "draw_seed", "embedding", "gelu", "layer_norm", "linear_cross_entropy", "pad"]
+
+IGNORED = -100
+"""The label of a row that does not count."""
 
 
 def _needs_dispatcher(*tensors: Tensor | None) -> bool:
@@ -20,6 +23,26 @@ def _needs_dispatcher(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling():
         return True
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """(1,) int64 from the device's default generator: the seed of the kernels' dropout.
+
+    It is a tensor, so a CUDA graph draws a new one at every replay, and activation checkpointing, which restores the
+    generator, draws the old one again. One seed serves many places, told apart by `stream`.
+    """
+    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+
+
+def _check_dropout(dropout_p: float) -> None:
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p is {dropout_p}; it must lie in [0, 1)")
+
+
+def _seed(seed: Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
+    if dropout_p == 0.0:
+        return None
+    return draw_seed(device) if seed is None else seed
 
 
 def attention(
@@ -32,6 +55,9 @@ def attention(
     tiles: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Scaled dot-product attention within packed sequences (Vaswani et al. 2017, equation 1), every token seeing all.
 
@@ -41,13 +67,18 @@ def attention(
         max_seqlen: tokens of the longest sequence.
         tiles: (tiles, 4) int32 on q's device, as PackedBatch.tiles; None: made from cu_seqlens, which asks its device.
         scale: factor of the scores; None: 1 / sqrt(head_size).
-        dropout_p: dropout rate of the probabilities; above 0 the path is torch.
+        dropout_p: dropout rate of the probabilities, in [0, 1). The C++ kernel has none: there the path is torch.
+        seed: (1,) int64 on q's device, from draw_seed; None: drawn. The torch path draws from torch's generator.
+        stream: number of the place, so that one seed serves many.
+        bias: (heads, 2 * reach + 1), reach at least max_seqlen - 1: rows i and j of a sequence get column
+            j - i + reach added to their score (relative positions). Differentiable; without a kernel in C++.
 
     Returns:
         (tokens, heads, head_size) in q's dtype. A sequence without keys gives zeros.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not belong together; dropout_p outside [0, 1).
+        ValueError: shapes, dtypes or devices that do not belong together; dropout_p outside [0, 1); a bias that is too
+            narrow.
     """
     if not (q.dim() == 3 and q.shape == k.shape == v.shape):
         raise ValueError(
@@ -59,8 +90,17 @@ def attention(
             f"q, k and v are {q.dtype} on {q.device}, {k.dtype} on {k.device} and {v.dtype} on {v.device}; "
             "one dtype and one device are needed"
         )
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p is {dropout_p}; it must lie in [0, 1)")
+    _check_dropout(dropout_p)
+    if bias is not None and not (
+        bias.dim() == 2
+        and bias.shape[0] == q.shape[1]
+        and bias.shape[1] % 2 == 1
+        and bias.shape[1] >= 2 * max_seqlen - 1
+    ):
+        raise ValueError(
+            f"bias has shape {tuple(bias.shape)}; ({q.shape[1]}, 2 * reach + 1) with reach at least {max_seqlen - 1} "
+            "is needed"
+        )
     if tiles is None:
         from .masking import make_tiles
 
@@ -68,18 +108,27 @@ def attention(
             raise ValueError(f"cu_seqlens ends with {int(cu_seqlens[-1])} and q holds {q.shape[0]} tokens")
         tiles = make_tiles(cu_seqlens).to(q.device)
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    if dropout_p > 0.0 or ops.choose("attention", q.device.type, q.dtype, q.shape[2]).path == "torch":
-        return _torch_attention(q, k, v, tiles, max_seqlen, scale, dropout_p)
-    if _needs_dispatcher(q, k, v):
-        out: Tensor = torch.ops.bert_fast.attention(q, k, v, tiles, max_seqlen, scale)[0]
+    path = ops.choose("attention", q.device.type, q.dtype, q.shape[2]).path
+    if path == "torch" or (path == "cpp" and (dropout_p > 0.0 or bias is not None)):
+        return _torch_attention(q, k, v, tiles, max_seqlen, scale, dropout_p, bias)
+    seed = _seed(seed, dropout_p, q.device)
+    if _needs_dispatcher(q, k, v, bias):
+        out: Tensor = torch.ops.bert_fast.attention(q, k, v, tiles, max_seqlen, scale, seed, stream, dropout_p, bias)[0]
         return out
-    return ops.launch_attention(q, k, v, tiles, max_seqlen, scale)[0]
+    return ops.launch_attention(q, k, v, tiles, max_seqlen, scale, seed, stream, dropout_p, bias)[0]
 
 
 def _torch_attention(
-    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, max_seqlen: int, scale: float, dropout_p: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tiles: Tensor,
+    max_seqlen: int,
+    scale: float,
+    dropout_p: float,
+    bias: Tensor | None,
 ) -> Tensor:
-    """torch's own attention on a padded copy: any dtype and device, dropout."""
+    """torch's own attention on a padded copy: any dtype and device, dropout, bias."""
     sequences = tiles[tiles[:, 3] == 0].long()  # the first tile of each sequence
     starts, num_rows, num_keys = sequences[:, 0:1], sequences[:, 1:2], sequences[:, 2:3]
     columns = torch.arange(max_seqlen, device=q.device)[None]
@@ -94,26 +143,44 @@ def _torch_attention(
     is_key = is_key[:, None, None, :]
     has_key = (num_keys > 0)[:, None, None, :]
     # A row without any key would be NaN in some backends: let it see everything, then zero it.
-    out = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=is_key | ~has_key, dropout_p=dropout_p, scale=scale
-    )
+    mask = is_key | ~has_key
+    if bias is not None:
+        distance = columns - columns.T + bias.shape[1] // 2
+        mask = torch.where(mask, bias[:, distance].to(q.dtype), float("-inf"))
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout_p, scale=scale)
     out = torch.where(has_key, out, 0.0)
     return out.transpose(1, 2)[is_row].to(q.dtype)  # autocast computes it in its own dtype
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-12, residual: Tensor | None = None) -> Tensor:
-    """LayerNorm(x + residual) * weight + bias over the last dimension (Ba et al. 2016), as one pass over memory.
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-12,
+    residual: Tensor | None = None,
+    *,
+    input_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> Tensor:
+    """LayerNorm(dropout(x + input_bias) + residual) * weight + bias over the last dimension (Ba et al. 2016).
+
+    On a GPU it is one pass over memory; in C++ x + input_bias and its dropout are passes of their own.
 
     Args:
         x, residual: (..., width), one shape; the wider of two dtypes is that of the result.
         weight, bias: (width,).
         eps: added to the variance.
+        input_bias: (width,), that of the linear layer before.
+        dropout_p: dropout rate, in [0, 1).
+        seed, stream: as for attention.
 
     Returns:
         (..., width). Under CUDA autocast it is float32, as torch's is.
 
     Raises:
-        ValueError: shapes that do not belong together.
+        ValueError: shapes that do not belong together; dropout_p outside [0, 1).
     """
     width = x.shape[-1]
     if weight.shape != (width,) or bias.shape != (width,):
@@ -122,21 +189,28 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-12, resi
         )
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"residual has shape {tuple(residual.shape)} and x {tuple(x.shape)}; one shape is needed")
+    if input_bias is not None and input_bias.shape != (width,):
+        raise ValueError(f"input_bias has shape {tuple(input_bias.shape)}; ({width},) is needed")
+    _check_dropout(dropout_p)
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     if x.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
         dtype = torch.float32
+    path = ops.choose("layer_norm", x.device.type, dtype, width).path
+    if path != "triton" and (input_bias is not None or dropout_p > 0.0):
+        x = F.dropout(x if input_bias is None else x + input_bias.to(x.dtype), dropout_p)
+        input_bias, dropout_p = None, 0.0
     x = x.to(dtype)
     is_uniform = all(t is None or t.dtype == torch.float32 for t in (residual, weight, bias))
-    path = ops.choose("layer_norm", x.device.type, dtype, width).path
     if path == "torch" or (path == "cpp" and not is_uniform):
         x = x if residual is None else x + residual
         return F.layer_norm(x, (width,), weight.to(x.dtype), bias.to(x.dtype), eps)
     rows = x.reshape(-1, width)
     residual_rows = None if residual is None else residual.reshape(-1, width)
-    if _needs_dispatcher(x, residual, weight, bias):
-        y: Tensor = torch.ops.bert_fast.layer_norm(rows, residual_rows, weight, bias, eps)[0]
+    extras = (input_bias, _seed(seed, dropout_p, x.device), stream, dropout_p)
+    if _needs_dispatcher(x, residual, weight, bias, input_bias):
+        y: Tensor = torch.ops.bert_fast.layer_norm(rows, residual_rows, weight, bias, eps, *extras)[0]
     else:
-        y = ops.launch_layer_norm(rows, residual_rows, weight, bias, eps, has_statistics=False)[0]
+        y = ops.launch_layer_norm(rows, residual_rows, weight, bias, eps, *extras, has_statistics=False)[0]
     return y.view(x.shape)
 
 
@@ -170,6 +244,103 @@ def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Te
     else:
         y = ops.launch_gelu(rows, bias, approximate)
     return y.view(x.shape)
+
+
+def embedding(
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor,
+    ids: Tensor,
+    positions: Tensor,
+    token_types: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-12,
+    *,
+    padding_idx: int | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> Tensor:
+    """dropout(LayerNorm(word[ids] + position[positions] + token_type[token_types]) * weight + bias).
+
+    One kernel on a GPU (Devlin et al. 2018, figure 2); elsewhere torch's lookups and layer_norm.
+
+    Args:
+        word, position, token_type: (entries, width), one dtype.
+        ids, positions, token_types: (tokens,) integers; token_types None: 0 everywhere. On a GPU an index outside its
+            table gives a row of NaN, elsewhere IndexError.
+        weight, bias: (width,).
+        eps: added to the variance.
+        padding_idx: entry of `word` that gets no gradient.
+        dropout_p: dropout rate, in [0, 1).
+        seed, stream: as for attention.
+
+    Returns:
+        (tokens, width) in the tables' dtype; under CUDA autocast float32.
+
+    Raises:
+        ValueError: tables of other widths or dtypes, indices of other shapes; dropout_p outside [0, 1).
+    """
+    width = word.shape[-1]
+    for name, table in (("position", position), ("token_type", token_type)):
+        if table.dim() != 2 or table.shape[1] != width or table.dtype != word.dtype:
+            raise ValueError(
+                f"{name} has shape {tuple(table.shape)} and {table.dtype}; (entries, {width}) and {word.dtype} "
+                "are needed"
+            )
+    if ids.dim() != 1 or positions.shape != ids.shape or (token_types is not None and token_types.shape != ids.shape):
+        raise ValueError(
+            f"ids, positions and token_types have shapes {tuple(ids.shape)}, {tuple(positions.shape)} and "
+            f"{None if token_types is None else tuple(token_types.shape)}; one shape (tokens,) is needed"
+        )
+    _check_dropout(dropout_p)
+    is_float32_wanted = word.device.type == "cuda" and torch.is_autocast_enabled("cuda") and word.dtype != torch.float32
+    if is_float32_wanted or ops.choose("embedding", word.device.type, word.dtype, width).path != "triton":
+        types = token_type[0] if token_types is None else F.embedding(token_types, token_type)
+        x = F.embedding(ids, word, padding_idx) + types
+        return F.dropout(layer_norm(F.embedding(positions, position), weight, bias, eps, x), dropout_p)
+    tables = (word, position, token_type, ids, positions, token_types)
+    extras = (-1 if padding_idx is None else padding_idx, _seed(seed, dropout_p, word.device), stream, dropout_p)
+    if _needs_dispatcher(word, position, token_type, weight, bias):
+        y: Tensor = torch.ops.bert_fast.embedding(*tables, weight, bias, eps, *extras)[0]
+        return y
+    return ops.launch_embedding(*tables, weight, bias, eps, *extras, has_statistics=False)[0]
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """The mean cross-entropy of the classes x W^T + b, without ever holding all the logits.
+
+    Rows go through in chunks; where a gradient is needed it is found in the same pass, so nothing is computed twice. No
+    device is waited for.
+
+    Args:
+        x: (rows, width).
+        weight: (classes, width).
+        bias: (classes,) or None.
+        targets: (rows,) int64 in [0, classes); IGNORED, or any negative number, for rows that do not count.
+
+    Returns:
+        (), float32; 0 where no row counts. Under autocast the products are of its dtype.
+
+    Raises:
+        ValueError: shapes that do not belong together.
+    """
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1] or targets.shape != x.shape[:1]:
+        raise ValueError(
+            f"x, weight and targets have shapes {tuple(x.shape)}, {tuple(weight.shape)} and {tuple(targets.shape)}; "
+            "(rows, width), (classes, width) and (rows,) are needed"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; ({weight.shape[0]},) is needed")
+    has_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    total = torch.ops.bert_fast.linear_cross_entropy(
+        x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), targets, has_gradient
+    )[0]
+    result: Tensor = total / (targets >= 0).sum().clamp(min=1)
+    return result
 
 
 def pad(x: Tensor, indices: Tensor, rows: int) -> Tensor:

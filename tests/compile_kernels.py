@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from bert_fast.kernels import attention, gelu, layer_norm
+from bert_fast.kernels import attention, cross_entropy, embedding, gelu, layer_norm
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -81,7 +81,7 @@ def recording() -> Iterator[list[Launch]]:
     launches: list[Launch] = []
     kernels = [
         (module, name, value)
-        for module in (attention, gelu, layer_norm)
+        for module in (attention, cross_entropy, embedding, gelu, layer_norm)
         for name, value in vars(module).items()
         if isinstance(value, JITFunction) and name.endswith("_kernel")
     ]
@@ -94,22 +94,49 @@ def recording() -> Iterator[list[Launch]]:
             setattr(module, name, kernel)
 
 
-def launch_attention(dtype: torch.dtype, head_size: int, tokens: int, max_seqlen: int) -> list[Launch]:
+def launch_attention(
+    dtype: torch.dtype, head_size: int, tokens: int, max_seqlen: int, dropout_p: float = 0.0, has_bias: bool = False
+) -> list[Launch]:
     """q, k and v are slices of one tensor, as a fused linear layer gives them."""
     q, k, v = torch.empty(tokens, 3, 12, head_size, dtype=dtype).unbind(1)
-    tiles = torch.zeros(1, 4, dtype=torch.int32)
+    tiles = torch.zeros(max(tokens // 100, 1), 4, dtype=torch.int32)
+    bias = torch.empty(12, 2 * max_seqlen - 1) if has_bias else None
+    extras = attention.Extras(torch.zeros(1, dtype=torch.int64), 3, dropout_p, bias)
     with recording() as launches:
-        out, lse = attention.attention(q, k, v, tiles, max_seqlen, 0.125)
-        attention.attention_backward(out, q, k, v, out, lse, tiles, max_seqlen, 0.125)
+        out, lse = attention.attention(q, k, v, tiles, max_seqlen, 0.125, extras)
+        attention.attention_backward(out, q, k, v, out, lse, tiles, max_seqlen, 0.125, extras, wants_grad_bias=has_bias)
     return launches
 
 
-def launch_layer_norm(dtype: torch.dtype, width: int, tokens: int, has_residual: bool) -> list[Launch]:
+def launch_layer_norm(
+    dtype: torch.dtype, width: int, tokens: int, has_residual: bool, dropout_p: float = 0.0
+) -> list[Launch]:
+    """With dropout also with the bias of the linear layer before."""
     x, weight, statistic = torch.empty(tokens, width, dtype=dtype), torch.empty(width), torch.empty(tokens)
-    residual = x if has_residual else None
+    input_bias = weight if dropout_p > 0 else None
+    seed = torch.zeros(1, dtype=torch.int64)
+    addend = layer_norm.Addend(input_bias, seed, 2, dropout_p, x if has_residual else None)
     with recording() as launches:
-        layer_norm.layer_norm(x, residual, weight, weight, 1e-12)
-        layer_norm.layer_norm_backward(x, x, residual, weight, statistic, statistic)
+        layer_norm.layer_norm(x, addend, weight, weight, 1e-12)
+        layer_norm.layer_norm_backward(x, x, addend, weight, statistic, statistic)
+    return launches
+
+
+def launch_embedding(dtype: torch.dtype, width: int, tokens: int, dropout_p: float) -> list[Launch]:
+    word, position, token_type = (torch.empty(entries, width, dtype=dtype) for entries in (30522, 512, 2))
+    ids, weight, statistic = torch.zeros(tokens, dtype=torch.int64), torch.empty(width), torch.empty(tokens)
+    tables = embedding.Tables(word, position, token_type, ids, ids.int(), ids)
+    seed = torch.zeros(1, dtype=torch.int64)
+    with recording() as launches:
+        y, _, _ = embedding.embedding(tables, weight, weight, 1e-12, seed, 0, dropout_p)
+        embedding.embedding_backward(y, tables, weight, statistic, statistic, seed, 0, dropout_p)
+    return launches
+
+
+def launch_cross_entropy(dtype: torch.dtype, classes: int, rows: int) -> list[Launch]:
+    with recording() as launches:
+        targets = torch.zeros(rows, dtype=torch.int64)
+        cross_entropy.cross_entropy(torch.empty(rows, classes, dtype=dtype), targets, has_gradient=True)
     return launches
 
 
@@ -167,11 +194,23 @@ def jobs() -> Iterator[tuple[list[Launch], torch.dtype, str, tuple[str, ...]]]:
             yield launch_attention(BF16, head_size, 1000, max_seqlen), BF16, size, everywhere
     for head_size, targets in ((32, HOPPER), (64, everywhere), (128, everywhere)):
         yield launch_attention(FP32, head_size, 1000, 512), FP32, str(head_size), targets
+    for head_size in (32, 64, 128):
+        size = f"{head_size}, dropout"
+        yield launch_attention(BF16, head_size, 1000, 512, dropout_p=0.1), BF16, size, everywhere
+    yield launch_attention(BF16, 64, 1000, 64, dropout_p=0.1), BF16, "64, rows of 64, dropout", everywhere
+    yield launch_attention(BF16, 64, 1000, 512, 0.1, has_bias=True), BF16, "64, dropout, bias", everywhere
+    yield launch_attention(FP32, 64, 1000, 512, 0.1, has_bias=True), FP32, "64, dropout, bias", everywhere
     yield launch_attention(FP16, 64, 1000, 512), FP16, "64, rows of 512", HOPPER
     yield launch_attention(BF16, 80, 1000, 512), BF16, "80, rows of 512", HOPPER  # narrower than its block
     for dtype in (BF16, FP32):
         for width in (768, 1024, 4096):
             yield launch_layer_norm(dtype, width, 1000, has_residual=True), dtype, str(width), everywhere
+            size = f"{width}, bias, dropout"
+            yield launch_layer_norm(dtype, width, 1000, True, dropout_p=0.1), dtype, size, everywhere
+        for dropout_p in (0.0, 0.1):
+            size = f"768, dropout {dropout_p}"
+            yield launch_embedding(dtype, 768, 1000, dropout_p), dtype, size, everywhere
+        yield launch_cross_entropy(dtype, 30522, 1000), dtype, "30522", everywhere
         for approximate in ("none", "tanh"):
             size = f"3072, {approximate}"
             yield launch_gelu(dtype, 3072, 1000, has_bias=True, approximate=approximate), dtype, size, everywhere
@@ -190,14 +229,25 @@ def compile_part(part: int, parts: int) -> list[Binary]:
     return [compile_launch(*each) for each in work[part::parts]]
 
 
+def random_batches(count: int) -> Iterator[tuple[int, int]]:
+    """(tokens, longest sequence) of batches as training without padding has them, the odd sizes first."""
+    yield from ((tokens, 1 + tokens % 512) for tokens in (1, 2, 3, 15, 16, 17, 63, 64, 65, 128, 256, 512, 4096))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(count):
+        lengths = torch.randint(1, 513, (int(torch.randint(1, 65, (), generator=generator)),), generator=generator)
+        yield int(lengths.sum()), int(lengths.max())
+
+
 def count_variants() -> dict[str, int]:
-    """Distinct binaries of each kernel for one dtype and size and many numbers of tokens."""
+    """Distinct binaries of each kernel, over 1,000 batches, for one dtype, size and set of features."""
     seen: dict[str, set[str]] = {}
-    for tokens in (1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 512, 1000, 4096):
+    for tokens, max_seqlen in random_batches(1000):
         for launch in (
-            *launch_attention(BF16, 64, tokens, 512),
-            *launch_layer_norm(BF16, 768, tokens, has_residual=True),
+            *launch_attention(BF16, 64, tokens, max_seqlen, dropout_p=0.1),
+            *launch_layer_norm(BF16, 768, tokens, has_residual=True, dropout_p=0.1),
             *launch_gelu(BF16, 3072, tokens, has_bias=True, approximate="none"),
+            *launch_embedding(BF16, 768, tokens, dropout_p=0.1),
+            *launch_cross_entropy(BF16, 30522, tokens),
         ):
             source, options = specialise(launch, TARGETS["sm_90"])
             key = str((source.signature, source.constants, source.attrs, options))

@@ -187,7 +187,7 @@ def test_without_triton_the_path_is_torch() -> None:
     code = """
 import torch
 from bert_fast import ops
-ops.find_spec = lambda name: None
+ops._path.find_spec = lambda name: None
 print(ops.choose("gelu", "cuda", torch.bfloat16, 7))
 """
     assert run_python(code).stdout.strip() == "Choice(path='torch', reason='triton is not installed')"
