@@ -28,16 +28,24 @@ class BertOutput:
         batch: where the packed rows belong.
         pooled: (batch, hidden_size), tanh of a linear layer on the first token; None without a pooler.
         packed_hidden_states: embeddings and every layer's output, each (tokens, hidden_size); empty unless asked for.
+        rows: (rows,) int64, the packed rows that `packed` has, where only some were asked for; None: all.
     """
 
     packed: Tensor
     batch: PackedBatch
     pooled: Tensor | None
     packed_hidden_states: tuple[Tensor, ...]
+    rows: Tensor | None = None
 
     @property
     def last_hidden_state(self) -> Tensor:
-        """(batch, length, hidden_size), zeros at the padding."""
+        """(batch, length, hidden_size), zeros at the padding.
+
+        Raises:
+            ValueError: only some rows were asked for.
+        """
+        if self.rows is not None:
+            raise ValueError(f"the last layer was computed on {len(self.rows)} rows of {self.batch.total_tokens} alone")
         return self.batch.pad(self.packed)
 
     @property
@@ -110,6 +118,7 @@ class BertModel(nn.Module):
         *,
         keep: Tensor | None = None,
         output_hidden_states: bool = False,
+        needs_kept_rows_only: bool = False,
     ) -> BertOutput:
         """Encodes a batch.
 
@@ -120,18 +129,40 @@ class BertModel(nn.Module):
             position_ids: (batch, length) int64; None: the column.
             keep: (batch, length) bool, tokens computed although the mask hides them from the others.
             output_hidden_states: whether packed_hidden_states is filled.
+            needs_kept_rows_only: whether the last layer, after its attention, may leave out all rows but those of
+                `keep` and, for the pooler, the sequences' first; `packed` then has the rows of `keep` alone.
 
         Raises:
             ValueError: shapes that do not belong together, or a sequence longer than the position table.
         """
         batch = self.pack(input_ids, attention_mask, token_type_ids, position_ids, keep=keep)
+        is_partial = needs_kept_rows_only and len(self.layers) > 0 and batch.kept is not None
+        if is_partial and output_hidden_states:
+            raise ValueError("output_hidden_states and needs_kept_rows_only are both True; one excludes the other")
         hidden: Tensor = self.embeddings(batch)
         kept = [hidden]
-        for layer in self.layers:
+        for layer in self.layers[:-1] if is_partial else self.layers:
             hidden = layer(hidden, batch)
             kept.append(hidden)
-        pooled = None if self.pooler is None else torch.tanh(self.pooler(hidden[batch.first_rows]))
+        if is_partial:
+            return self._finish_kept_rows(hidden, batch)
+        pooled = None if self.pooler is None else self._pool(hidden.index_select(0, batch.first_rows))
         return BertOutput(hidden, batch, pooled, tuple(kept) if output_hidden_states else ())
+
+    def _pool(self, first: Tensor) -> Tensor:
+        assert self.pooler is not None
+        return torch.tanh(self.pooler(first))
+
+    def _finish_kept_rows(self, hidden: Tensor, batch: PackedBatch) -> BertOutput:
+        """The last layer on the rows that are read."""
+        rows = batch.kept
+        assert rows is not None
+        if self.pooler is None:
+            return BertOutput(self.layers[-1](hidden, batch, rows), batch, None, (), rows)
+        first = batch.first_rows
+        # A first row that is kept as well is computed twice: there are few, and to find them would wait for the device.
+        read = self.layers[-1](hidden, batch, torch.cat([first, rows]))
+        return BertOutput(read[len(first) :], batch, self._pool(read[: len(first)]), (), rows)
 
     def pack(
         self,

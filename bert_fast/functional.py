@@ -110,7 +110,7 @@ def attention(
     scale = q.shape[2] ** -0.5 if scale is None else scale
     path = ops.choose("attention", q.device.type, q.dtype, q.shape[2]).path
     if path == "torch" or (path == "cpp" and (dropout_p > 0.0 or bias is not None)):
-        return _torch_attention(q, k, v, tiles, max_seqlen, scale, dropout_p, bias)
+        return _torch_attention(q, k, v, cu_seqlens, tiles, max_seqlen, scale, dropout_p, bias)
     seed = _seed(seed, dropout_p, q.device)
     if _needs_dispatcher(q, k, v, bias):
         out: Tensor = torch.ops.bert_fast.attention(q, k, v, tiles, max_seqlen, scale, seed, stream, dropout_p, bias)[0]
@@ -122,6 +122,7 @@ def _torch_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    cu_seqlens: Tensor,
     tiles: Tensor,
     max_seqlen: int,
     scale: float,
@@ -129,8 +130,14 @@ def _torch_attention(
     bias: Tensor | None,
 ) -> Tensor:
     """torch's own attention on a padded copy: any dtype and device, dropout, bias."""
-    sequences = tiles[tiles[:, 3] == 0].long()  # the first tile of each sequence
-    starts, num_rows, num_keys = sequences[:, 0:1], sequences[:, 1:2], sequences[:, 2:3]
+    bounds = cu_seqlens.long()
+    starts, ends = bounds[:-1, None], bounds[1:]
+    num_rows = ends[:, None] - starts
+    # A tile's sequence is the first that ends behind its start; sequences without rows have no tile, and no keys.
+    sequence_of_tile = torch.searchsorted(ends, tiles[:, 0].long(), right=True)
+    num_keys = torch.zeros_like(num_rows).index_put((sequence_of_tile,), tiles[:, 2:3].long())
+    rows = torch.arange(q.shape[0], device=q.device)
+    sequence_of_row = torch.searchsorted(ends, rows, right=True)
     columns = torch.arange(max_seqlen, device=q.device)[None]
     is_row = columns < num_rows
     places = torch.where(is_row, starts + columns, 0)
@@ -148,8 +155,9 @@ def _torch_attention(
         distance = columns - columns.T + bias.shape[1] // 2
         mask = torch.where(mask, bias[:, distance].to(q.dtype), float("-inf"))
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout_p, scale=scale)
-    out = torch.where(has_key, out, 0.0)
-    return out.transpose(1, 2)[is_row].to(q.dtype)  # autocast computes it in its own dtype
+    out = torch.where(has_key, out, 0.0).transpose(1, 2).flatten(0, 1)
+    out = out.index_select(0, sequence_of_row * max_seqlen + rows - starts[sequence_of_row, 0])
+    return out.to(q.dtype)  # autocast computes it in its own dtype
 
 
 def layer_norm(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -15,9 +16,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from . import checkpoint
+from . import checkpoint, functional
 from .config import ACTIVATIONS, BertConfig
 from .encoder import BertModel, BertOutput, initialise
+from .functional import IGNORED
 from .nn import LayerNorm, expand, normalise
 
 if TYPE_CHECKING:
@@ -33,8 +35,6 @@ __all__ = [
     "BertForTokenClassification",
     "HeadOutput",
 ]
-
-IGNORED = -100
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,24 +111,54 @@ class MaskedLMHead(nn.Module):
         self.norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
+    def transformed(self, rows: Tensor) -> Tensor:
+        """(rows, hidden_size) -> (rows, hidden_size), what meets the word embeddings."""
+        return normalise(self.norm, expand(self.transform, self.approximate, rows))
+
     def forward(self, rows: Tensor, word_embeddings: Tensor) -> Tensor:
         """(rows, hidden_size), (vocab_size, hidden_size) -> (rows, vocab_size)."""
-        transformed = normalise(self.norm, expand(self.transform, self.approximate, rows))
-        return F.linear(transformed, word_embeddings, self.bias)
+        return F.linear(self.transformed(rows), word_embeddings, self.bias)
+
+    def loss(self, rows: Tensor, word_embeddings: Tensor, targets: Tensor) -> Tensor:
+        """The mean cross-entropy of (rows,) targets; the logits never exist as a whole."""
+        return functional.linear_cross_entropy(self.transformed(rows), word_embeddings, self.bias, targets)
+
+
+@dataclass(frozen=True, eq=False)
+class MaskedLMOutput:
+    """
+    Attributes:
+        loss: scalar, or None without labels.
+        encoder: the encoder's output.
+        rows: (rows, hidden_size), what the head reads: the labelled rows, or all.
+        word_embeddings: (vocab_size, hidden_size).
+        head: computes the logits.
+    """
+
+    loss: Tensor | None
+    encoder: BertOutput
+    rows: Tensor
+    word_embeddings: Tensor
+    head: MaskedLMHead
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """(labelled, vocab_size) with labels, (batch, length, vocab_size) without; computed when they are asked for."""
+        logits: Tensor = self.head(self.rows, self.word_embeddings)
+        return self.encoder.batch.pad(logits) if self.loss is None else logits
 
 
 def _masked_lm(
     head: MaskedLMHead, model: BertModel, output: BertOutput, labels: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Logits of the labelled rows, or of all rows, and the labels of those rows (-100 without any)."""
-    rows = output.packed
+) -> tuple[Tensor | None, Tensor]:
+    """The loss, or None without labels, and the rows that the head reads."""
     if labels is None:
-        targets = torch.full((rows.shape[0],), IGNORED, device=rows.device)
-    else:
-        targets = output.batch.select(labels)
-        labelled = targets != IGNORED
-        rows, targets = rows[labelled], targets[labelled]
-    return head(rows, model.embeddings.word.weight), targets
+        return None, output.packed
+    labelled = output.batch.kept
+    assert labelled is not None
+    rows = output.packed if output.rows is not None else output.packed.index_select(0, labelled)
+    targets = output.batch.select(labels).index_select(0, labelled)
+    return head.loss(rows, model.embeddings.word.weight, targets), rows
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -143,9 +173,15 @@ def _kept(labels: Tensor | None) -> Tensor | None:
 
 
 class BertForMaskedLM(BertHead):
-    """Masked language model."""
+    """Masked language model.
+
+    Attributes:
+        needs_labelled_only: whether, given labels, the last layer runs on the labelled rows alone; the encoder's last
+            hidden state is then not to be had. False at first.
+    """
 
     has_pooler = False
+    needs_labelled_only = False
 
     def build(self) -> None:
         self.mlm = MaskedLMHead(self.config)
@@ -156,13 +192,13 @@ class BertForMaskedLM(BertHead):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
-    ) -> HeadOutput:
+    ) -> MaskedLMOutput:
         """labels (batch, length) -> logits (labelled, vocab_size); without labels (batch, length, vocab_size)."""
-        output = self.bert(input_ids, attention_mask, token_type_ids, keep=_kept(labels))
-        logits, targets = _masked_lm(self.mlm, self.bert, output, labels)
-        if labels is None:
-            return HeadOutput(None, output.batch.pad(logits), output)
-        return HeadOutput(_cross_entropy(logits, targets), logits, output)
+        output = self.bert(
+            input_ids, attention_mask, token_type_ids, keep=_kept(labels), needs_kept_rows_only=self.needs_labelled_only
+        )
+        loss, rows = _masked_lm(self.mlm, self.bert, output, labels)
+        return MaskedLMOutput(loss, output, rows, self.bert.embeddings.word.weight, self.mlm)
 
 
 class BertForNextSentencePrediction(BertHead):
@@ -187,19 +223,32 @@ class BertForNextSentencePrediction(BertHead):
 
 
 @dataclass(frozen=True, eq=False)
-class PreTrainingOutput(HeadOutput):
+class PreTrainingOutput(MaskedLMOutput):
     """
     Attributes:
         next_sentence_logits: (batch, 2).
+        has_labels: whether the masked language model has labels; `loss` may be that of the next sentence alone.
     """
 
     next_sentence_logits: Tensor
+    has_labels: bool
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """As MaskedLMOutput's."""
+        logits: Tensor = self.head(self.rows, self.word_embeddings)
+        return logits if self.has_labels else self.encoder.batch.pad(logits)
 
 
 class BertForPreTraining(BertHead):
-    """Masked language model and next-sentence prediction."""
+    """Masked language model and next-sentence prediction.
+
+    Attributes:
+        needs_labelled_only: as BertForMaskedLM's.
+    """
 
     has_pooler = True
+    needs_labelled_only = False
 
     def build(self) -> None:
         self.mlm = MaskedLMHead(self.config)
@@ -214,16 +263,17 @@ class BertForPreTraining(BertHead):
         next_sentence_label: Tensor | None = None,
     ) -> PreTrainingOutput:
         """labels (batch, length), next_sentence_label (batch,) -> logits as BertForMaskedLM's; the losses are added."""
-        output = self.bert(input_ids, attention_mask, token_type_ids, keep=_kept(labels))
-        logits, targets = _masked_lm(self.mlm, self.bert, output, labels)
+        output = self.bert(
+            input_ids, attention_mask, token_type_ids, keep=_kept(labels), needs_kept_rows_only=self.needs_labelled_only
+        )
+        loss, rows = _masked_lm(self.mlm, self.bert, output, labels)
         next_logits = self.nsp(output.pooled)
-        losses = []
-        if labels is not None:
-            losses.append(_cross_entropy(logits, targets))
         if next_sentence_label is not None:
-            losses.append(_cross_entropy(next_logits, next_sentence_label))
-        logits = output.batch.pad(logits) if labels is None else logits
-        return PreTrainingOutput(sum(losses[1:], losses[0]) if losses else None, logits, output, next_logits)
+            next_loss = _cross_entropy(next_logits, next_sentence_label)
+            loss = next_loss if loss is None else loss + next_loss
+        return PreTrainingOutput(
+            loss, output, rows, self.bert.embeddings.word.weight, self.mlm, next_logits, labels is not None
+        )
 
 
 class BertForSequenceClassification(BertHead):

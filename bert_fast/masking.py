@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,12 +16,7 @@ from torch import Tensor
 
 from . import _C
 from .functional import pad as _pad
-from .ops import TILE_SIZE
-
-# Masks that the C++ module reads as they are.
-MASK_DTYPES = frozenset(
-    {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float32, torch.float64}
-)
+from .ops import TILE_SIZE, host_array, launch_unpad
 
 __all__ = ["Bins", "MaskedTokens", "PackedBatch", "make_tiles", "mask_tokens", "pack", "pad", "unpad"]
 
@@ -35,11 +30,12 @@ class PackedBatch:
         positions: (tokens,) integers, index into the position table.
         token_types: (tokens,) int64, or None: all zero.
         cu_seqlens: (batch + 1,) int32, first row of each sequence, then the number of tokens.
-        max_seqlen: rows of the longest sequence.
+        max_seqlen: rows of the longest sequence; under torch.compile a bound of it, the padded length.
         indices: (tokens,) int64, place of each row in the padded batch, row * length + column; None: nothing is padded.
         tiles: (tiles, 4) int32, the work list of attention: sequence start, rows, keys, first row.
         num_keys: (batch,) int32, how many of a sequence's first rows the others attend to.
         shape: batch and length of the padded batch.
+        kept: (kept,) int64, ascending, the rows that unpad's `keep` marks, such as those with a label; None without it.
     """
 
     ids: Tensor | None
@@ -51,6 +47,7 @@ class PackedBatch:
     tiles: Tensor
     num_keys: Tensor
     shape: tuple[int, int]
+    kept: Tensor | None = None
 
     @property
     def total_tokens(self) -> int:
@@ -64,7 +61,7 @@ class PackedBatch:
             ValueError: a sequence has no row at all; `unpad(..., keep_first=True)` keeps one. Not checked on a GPU.
         """
         starts, ends = self.cu_seqlens[:-1].long(), self.cu_seqlens[1:].long()
-        if starts.device.type == "cpu" and bool((starts == ends).any()):
+        if starts.device.type == "cpu" and not torch.compiler.is_compiling() and bool((starts == ends).any()):
             sequence = int((starts == ends).nonzero()[0])
             raise ValueError(f"sequence {sequence} has no rows; unpad(..., keep_first=True) keeps its first token")
         if self.indices is None:
@@ -128,26 +125,24 @@ def unpad(
     place = attention_mask.device if ids is None else ids.device
     if device is not None:
         place = torch.device(device)
-    mask = attention_mask.detach() if attention_mask.requires_grad else attention_mask
-    if mask.dtype not in MASK_DTYPES:
-        mask = mask != 0 if mask.element_size() > 1 else mask.float() != 0
-    kept = None if keep is None else _host_array(keep.detach().bool())
-    indices, positions, cu_seqlens, num_keys, tiles, max_seqlen = _C.unpad(
-        _host_array(mask), kept, keep_first, TILE_SIZE, torch.get_num_threads()
-    )
-    # Nothing hidden: the padded rows are the packed rows. (Extra rows leave their place, so they count.)
-    is_whole = indices.shape[0] == shape[0] * shape[1] and bool((num_keys == shape[1]).all())
-    batch = PackedBatch(
-        ids=None,
-        positions=torch.from_numpy(positions),
-        token_types=None,
-        cu_seqlens=torch.from_numpy(cu_seqlens),
-        max_seqlen=max_seqlen,
-        indices=None if is_whole else torch.from_numpy(indices),
-        tiles=torch.from_numpy(tiles),
-        num_keys=torch.from_numpy(num_keys),
-        shape=shape,
-    )
+    if torch.compiler.is_compiling():
+        batch = _traced(attention_mask, keep, keep_first, shape)
+    else:
+        packing = launch_unpad(attention_mask, keep, keep_first)
+        # Nothing hidden: the padded rows are the packed rows. (Extra rows leave their place, so they count.)
+        is_whole = packing.indices.shape[0] == rows * columns and bool((packing.num_keys == columns).all())
+        batch = PackedBatch(
+            ids=None,
+            positions=packing.positions,
+            token_types=None,
+            cu_seqlens=packing.cu_seqlens,
+            max_seqlen=packing.max_seqlen,
+            indices=None if is_whole else packing.indices,
+            tiles=packing.tiles,
+            num_keys=packing.num_keys,
+            shape=shape,
+            kept=packing.kept,
+        )
     if place.type != "cpu":
         batch = batch.to(place)
     if ids is None and token_types is None:
@@ -156,6 +151,23 @@ def unpad(
         batch,
         ids=None if ids is None else batch.select(ids.to(place)),
         token_types=None if token_types is None else batch.select(token_types.to(place)),
+    )
+
+
+def _traced(mask: Tensor, keep: Tensor | None, keep_first: bool, shape: tuple[int, int]) -> PackedBatch:
+    """The batch as torch.compile may see it: whatever only the data know is a tensor, or its bound."""
+    indices, positions, cu_seqlens, num_keys, tiles, kept = torch.ops.bert_fast.unpad(mask, keep, keep_first)
+    return PackedBatch(
+        ids=None,
+        positions=positions,
+        token_types=None,
+        cu_seqlens=cu_seqlens,
+        max_seqlen=shape[1],
+        indices=indices,
+        tiles=tiles,
+        num_keys=num_keys,
+        shape=shape,
+        kept=None if keep is None else kept,
     )
 
 
@@ -196,13 +208,6 @@ def make_tiles(cu_seqlens: Tensor, num_keys: Tensor | None = None) -> Tensor:
     return torch.from_numpy(_C.tiles(_integers("cu_seqlens", cu_seqlens, torch.int32), keys, TILE_SIZE))
 
 
-def _host_array(x: Tensor) -> np.ndarray[Any, Any]:
-    """x as a contiguous array on the host. Nothing is called that is not needed: unpad takes microseconds."""
-    if not x.is_cpu:
-        x = x.cpu()
-    return cast("np.ndarray[Any, Any]", x.numpy() if x.is_contiguous() else x.contiguous().numpy())
-
-
 def _integers(name: str, x: Tensor, dtype: torch.dtype) -> np.ndarray[Any, Any]:
     """x on the host in an integer dtype, unless that would change a value."""
     if x.is_floating_point() or x.is_complex():
@@ -213,7 +218,7 @@ def _integers(name: str, x: Tensor, dtype: torch.dtype) -> np.ndarray[Any, Any]:
         for value in (int(host.min()), int(host.max())):
             if not limits.min <= value <= limits.max:
                 raise ValueError(f"{name} holds {value}; {dtype} is needed")
-    return cast("np.ndarray[Any, Any]", host.to(dtype).contiguous().numpy())
+    return host_array(host.to(dtype))
 
 
 class Bins(NamedTuple):

@@ -6,13 +6,13 @@ LayerNorm and GELU are torch's own classes with another forward: state_dict, con
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from . import functional
+from . import functional, ops
 from .masking import PackedBatch
 
 __all__ = ["GELU", "EncoderLayer", "LayerNorm"]
@@ -85,14 +85,59 @@ def drop(module: nn.Module, x: Tensor) -> Tensor:
     return x if is_plain(module, nn.Dropout) and not module.training else module(x)
 
 
+def dropout_rate(module: nn.Module) -> float | None:
+    """The rate of a plain dropout now; None where the module itself must be called."""
+    if not is_plain(module, nn.Dropout):
+        return None
+    assert isinstance(module, nn.Dropout)
+    if not module.training:
+        return 0.0
+    return module.p if module.p < 1.0 else None
+
+
+def is_plain_norm(norm: nn.Module) -> TypeGuard[nn.LayerNorm]:
+    """Whether it is LayerNorm over one dimension with weight and bias, and nothing else."""
+    if not is_plain(norm, nn.LayerNorm, LayerNorm):
+        return False
+    assert isinstance(norm, nn.LayerNorm)
+    return len(norm.normalized_shape) == 1 and norm.weight is not None and norm.bias is not None
+
+
+def has_kernel(op: ops.Op, x: Tensor) -> bool:
+    """Whether the operator runs in Triton on tensors like x."""
+    return ops.choose(op, x.device.type, x.dtype, x.shape[-1]).path == "triton"
+
+
 def normalise(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """norm(x + residual), fused where `norm` is a plain LayerNorm."""
-    if is_plain(norm, nn.LayerNorm, LayerNorm):
-        assert isinstance(norm, nn.LayerNorm)
-        if len(norm.normalized_shape) == 1 and norm.weight is not None and norm.bias is not None:
-            return functional.layer_norm(x, norm.weight, norm.bias, norm.eps, residual)
+    if is_plain_norm(norm):
+        return functional.layer_norm(x, norm.weight, norm.bias, norm.eps, residual)
     result: Tensor = norm(x if residual is None else x + residual)
     return result
+
+
+def project(
+    linear: nn.Module,
+    dropout: nn.Module,
+    norm: nn.Module,
+    x: Tensor,
+    residual: Tensor,
+    seed: Tensor | None,
+    stream: int,
+) -> Tensor:
+    """norm(dropout(linear(x)) + residual). In Triton all but the matrix product is one kernel."""
+    rate = dropout_rate(dropout)
+    if rate is None or not is_plain_norm(norm) or not has_kernel("layer_norm", residual):
+        return normalise(norm, drop(dropout, linear(x)), residual)
+    input_bias = None
+    if is_plain(linear, nn.Linear):
+        assert isinstance(linear, nn.Linear)
+        x, input_bias = F.linear(x, linear.weight), linear.bias
+    else:
+        x = linear(x)
+    return functional.layer_norm(
+        x, norm.weight, norm.bias, norm.eps, residual, input_bias=input_bias, dropout_p=rate, seed=seed, stream=stream
+    )
 
 
 def expand(linear: nn.Module, activation: Activation, x: Tensor) -> Tensor:
@@ -105,18 +150,33 @@ def expand(linear: nn.Module, activation: Activation, x: Tensor) -> Tensor:
     return functional.gelu(linear(x), None, activation)
 
 
-def encoder_layer(parts: EncoderLayerParts, hidden_states: Tensor, batch: PackedBatch) -> Tensor:
+def _layer_seed(parts: EncoderLayerParts, x: Tensor) -> Tensor | None:
+    """One seed for the three dropouts of a layer, if any of them runs in a kernel."""
+    rates = (
+        parts.attention_dropout_p,
+        dropout_rate(parts.attention_output_dropout) or 0.0,
+        dropout_rate(parts.output_dropout) or 0.0,
+    )
+    return functional.draw_seed(x.device) if max(rates) > 0.0 and has_kernel("layer_norm", x) else None
+
+
+def encoder_layer(
+    parts: EncoderLayerParts, hidden_states: Tensor, batch: PackedBatch, rows: Tensor | None = None
+) -> Tensor:
     """One post-norm encoder layer (Devlin et al. 2018; Vaswani et al. 2017, section 3.1) on packed rows.
 
     Args:
         parts: its modules.
         hidden_states: (tokens, hidden_size).
         batch: the boundaries.
+        rows: (rows,) int64, the packed rows whose result is needed; None: all. Everything after attention runs on
+            these alone.
 
     Returns:
-        (tokens, hidden_size).
+        (tokens or rows, hidden_size).
     """
     heads = (-1, parts.head_size)
+    seed = _layer_seed(parts, hidden_states)
     context = functional.attention(
         parts.query(hidden_states).unflatten(-1, heads),
         parts.key(hidden_states).unflatten(-1, heads),
@@ -125,12 +185,16 @@ def encoder_layer(parts: EncoderLayerParts, hidden_states: Tensor, batch: Packed
         batch.max_seqlen,
         tiles=batch.tiles,
         dropout_p=parts.attention_dropout_p,
+        seed=seed,
+        stream=0,
     ).flatten(1)
-    attended = drop(parts.attention_output_dropout, parts.attention_output(context))
-    attended = normalise(parts.attention_norm, attended, hidden_states)
+    if rows is not None:
+        context, hidden_states = context.index_select(0, rows), hidden_states.index_select(0, rows)
+    attended = project(
+        parts.attention_output, parts.attention_output_dropout, parts.attention_norm, context, hidden_states, seed, 1
+    )
     expanded = expand(parts.intermediate, parts.activation, attended)
-    contracted = drop(parts.output_dropout, parts.output(expanded))
-    return normalise(parts.output_norm, contracted, attended)
+    return project(parts.output, parts.output_dropout, parts.output_norm, expanded, attended, seed, 2)
 
 
 class EncoderLayer(nn.Module):
@@ -162,9 +226,9 @@ class EncoderLayer(nn.Module):
         self.output_dropout = nn.Dropout(hidden_dropout)
         self.output_norm = LayerNorm(hidden_size, eps=layer_norm_eps)
 
-    def forward(self, hidden_states: Tensor, batch: PackedBatch) -> Tensor:
-        """(tokens, hidden_size) -> (tokens, hidden_size)."""
-        return encoder_layer(self, hidden_states, batch)
+    def forward(self, hidden_states: Tensor, batch: PackedBatch, rows: Tensor | None = None) -> Tensor:
+        """(tokens, hidden_size) -> (tokens or rows, hidden_size); see encoder_layer."""
+        return encoder_layer(self, hidden_states, batch, rows)
 
     @property
     def attention_dropout_p(self) -> float:
@@ -187,6 +251,14 @@ class EmbeddingParts(Protocol):
     def dropout(self) -> nn.Module: ...
 
 
+def _is_plain_table(table: nn.Module) -> bool:
+    """Whether it is an embedding whose only option, if any, is a padding entry."""
+    if not is_plain(table, nn.Embedding):
+        return False
+    assert isinstance(table, nn.Embedding)
+    return table.max_norm is None and not table.scale_grad_by_freq and not table.sparse
+
+
 def embed(parts: EmbeddingParts, batch: PackedBatch, inputs_embeds: Tensor | None = None) -> Tensor:
     """Word, token-type and position embeddings, normalised (Devlin et al. 2018, figure 2).
 
@@ -198,6 +270,16 @@ def embed(parts: EmbeddingParts, batch: PackedBatch, inputs_embeds: Tensor | Non
     Returns:
         (tokens, hidden_size).
     """
+    rate = dropout_rate(parts.dropout)
+    tables = (parts.word, parts.position, parts.token_type)
+    if inputs_embeds is None and rate is not None and is_plain_norm(parts.norm) and all(map(_is_plain_table, tables)):
+        word, position, token_type = (cast("nn.Embedding", table) for table in tables)
+        assert batch.ids is not None
+        if has_kernel("embedding", word.weight):
+            return functional.embedding(
+                word.weight, position.weight, token_type.weight, batch.ids, batch.positions, batch.token_types,
+                parts.norm.weight, parts.norm.bias, parts.norm.eps, padding_idx=word.padding_idx, dropout_p=rate,
+            )  # fmt: skip
     words = parts.word(batch.ids) if inputs_embeds is None else inputs_embeds
     if batch.token_types is not None:
         types = parts.token_type(batch.token_types)

@@ -186,12 +186,12 @@ def _attention_kernel(
 
     # A query without keys has an empty sum: divided by one its output is zero, and its log-sum-exp -inf.
     running_sum = tl.where(num_keys > 0, running_sum, 1.0)
-    factor = 1.0 / running_sum
+    result = result / running_sum[:, None]
     if HAS_DROPOUT:
-        factor *= keep_scale
+        result = result * keep_scale
     _store_rows(
         out_ptr + sequence_start * out_stride + head_offs,
-        out_stride, first_query, num_rows, result * factor[:, None], BLOCK_M, HEAD_SIZE, BLOCK_D,
+        out_stride, first_query, num_rows, result, BLOCK_M, HEAD_SIZE, BLOCK_D,
     )  # fmt: skip
     lse = (running_max + tl.log2(running_sum)) * LN_2
     lse_ptr += head.to(tl.int64) * lse_stride + sequence_start

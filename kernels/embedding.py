@@ -45,9 +45,9 @@ class Tables(NamedTuple):
 @triton.jit
 def _gather(table_ptr, entry, entries, column_idx, mask, width):
     """A row of a table, NaN where there is none."""
-    is_inside = (entry >= 0) & (entry < entries)
-    row = tl.load(table_ptr + entry * width + column_idx, mask=mask & is_inside, other=0.0).to(tl.float32)
-    return tl.where(is_inside, row, float("nan"))
+    inside = tl.minimum(tl.maximum(entry, 0), entries - 1)
+    row = _load_features(table_ptr, inside * width + column_idx, mask)
+    return tl.where(entry == inside, row, float("nan"))
 
 
 @triton.jit

@@ -642,23 +642,6 @@ def test_checkpointing_counts_in_training_alone() -> None:
     assert_same_gradients(found, gradients(model, weigh(model(**inputs(mask)), mask)))
 
 
-@pytest.mark.parametrize("name", ["BertModel", "BertForTokenClassification"])
-def test_compile(name: str) -> None:
-    model, swapped = pair(name)
-    mask = mask_of(MIXED)
-    compiled: Any = torch.compile(swapped, backend="eager")
-    try:
-        with torch.no_grad():
-            expected = model(**inputs(mask))
-            with pytest.warns(UserWarning, match="the model is traced"):
-                found = compiled(**inputs(mask))
-            assert_near(found[0][mask], expected[0][mask])
-            assert_same_output(swapped(**inputs(mask)), expected, mask)
-    finally:
-        torch._dynamo.reset()
-    assert calls(swapped) == {"the model is traced": 1, "fast": 1}
-
-
 # ---- modules within --------------------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,7 @@ from .embedding import launch_embedding, launch_embedding_backward
 from .gelu import launch_gelu, launch_gelu_backward
 from .layer_norm import launch_layer_norm, launch_layer_norm_backward
 from .pad import launch_pad
+from .unpad import host_array, launch_unpad
 
 __all__ = [
     "MAX_HEAD_SIZE",
@@ -32,6 +33,7 @@ __all__ = [
     "choose",
     "forced_path",
     "has_triton",
+    "host_array",
     "launch_attention",
     "launch_attention_backward",
     "launch_embedding",
@@ -42,4 +44,5 @@ __all__ = [
     "launch_layer_norm_backward",
     "launch_linear_cross_entropy",
     "launch_pad",
+    "launch_unpad",
 ]

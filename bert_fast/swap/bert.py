@@ -219,8 +219,8 @@ def _argument_refusal(model: Any, call: Call) -> str | None:
 
 
 def _mode_refusal(model: Any) -> str | None:
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return "the model is traced"
+    if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
+        return "the model is traced or exported"
     if torch._C._are_functorch_transforms_active():
         return "a function transform is active"
     if model.training and any(

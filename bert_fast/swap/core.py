@@ -94,25 +94,25 @@ def _head_class(base: Any, family: Family, rows_of: Callable[[Call], Any]) -> ty
     names = argument_names(base.forward)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        token = kept_rows.set(rows_of(bind(names, args, kwargs)))
-        try:
-            return base.forward(self, *args, **kwargs)
-        finally:
-            kept_rows.reset(token)
+        return kept_rows.call(rows_of(bind(names, args, kwargs)), base.forward, self, *args, **kwargs)
 
     return _make_class(base, family, forward)
 
 
 def count(model: nn.Module, path: str) -> None:
-    """Notes which path a call took; says so the first time that it is not the fast one."""
+    """Notes which path a call took; says so the first time that it is not the fast one. Compiled calls go uncounted."""
+    message = f"bert_fast: {type(model).__name__} takes its original path: {path}"
+    if torch.compiler.is_compiling():  # a number that changes at every call would be compiled anew at every call
+        if path != FAST:
+            warnings.warn(message, stacklevel=2)
+        return
     calls: Counter[str] | None = model.__dict__.get("bert_fast_calls")
     if calls is None:
         calls = Counter()
         object.__setattr__(model, "bert_fast_calls", calls)
     calls[path] += 1
     if path != FAST and calls[path] == 1:
-        message = f"bert_fast: {type(model).__name__} takes its original path: {path}"
-        warnings.warn(message, stacklevel=2 if torch.compiler.is_compiling() else _callers_level())
+        warnings.warn(message, stacklevel=_callers_level())
 
 
 def _callers_level() -> int:

@@ -7,13 +7,43 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Call = Mapping[str, Any]
 """The arguments of a forward call by name, defaults left out."""
 
-# Rows that a head reads although the mask hides them; set by the head around its encoder's call.
-kept_rows: ContextVar[Tensor | None] = ContextVar("bert_fast_kept_rows", default=None)
+
+class KeptRows:
+    """Rows (batch, length) bool that a head reads although the mask hides them, set around its encoder's call.
+
+    torch.compile traces no context variables. While it traces, an attribute serves instead: what is traced is one call,
+    and the graph that comes of it holds the rows themselves.
+    """
+
+    def __init__(self) -> None:
+        self.context: ContextVar[Tensor | None] = ContextVar("bert_fast_kept_rows", default=None)
+        self.traced: Tensor | None = None
+
+    def get(self) -> Tensor | None:
+        return self.traced if torch.compiler.is_compiling() else self.context.get()
+
+    def call(self, rows: Tensor | None, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """function(*args, **kwargs), within which get() gives the rows."""
+        if torch.compiler.is_compiling():
+            self.traced = rows
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.traced = None
+        token = self.context.set(rows)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self.context.reset(token)
+
+
+kept_rows = KeptRows()
 
 
 @dataclass(frozen=True, eq=False)
