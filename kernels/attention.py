@@ -31,16 +31,18 @@ def forward_launch(dtype: torch.dtype, head_size: int, max_seqlen: int, has_drop
     if not is_half(dtype):
         # Without tensor cores the operands of a product live in registers: small tiles and many warps, or they spill.
         return Launch(32, 32, 4, 1) if head_size <= 64 else Launch(16, 32, 8, 1)
-    if max_seqlen <= SHORT:
+    if max_seqlen <= SHORT and not (has_dropout and head_size > 64):
         return Launch(64, 64, 4, 1)  # one block of keys: nothing to pipeline
     if head_size <= 64:
         # The random numbers of 128 rows do not fit beside the accumulators of four warps.
         return Launch(64, 64, 4, 2) if has_dropout else Launch(128, 64, 4, 3)
     # Twice the accumulator, so half the rows: 128 spill, with four warps on NVIDIA's, with eight on gfx942.
-    return Launch(64, 64, 4, 2)
+    return Launch(64, 32 if has_dropout else 64, 4, 2)
 
 
-def backward_launch(dtype: torch.dtype, head_size: int, max_seqlen: int, has_dropout: bool = False) -> Launch:
+def backward_launch(
+    dtype: torch.dtype, head_size: int, max_seqlen: int, has_dropout: bool = False, has_bias: bool = False
+) -> Launch:
     """Rows are what the program owns (keys for dK and dV, queries for dQ), columns what it walks over."""
     if not is_half(dtype):
         # dQ holds whole rows of Q, K, V and dO as operands: at 128 columns only eight warps have the registers.
@@ -49,8 +51,15 @@ def backward_launch(dtype: torch.dtype, head_size: int, max_seqlen: int, has_dro
         return Launch(64, 32, 4, 1)  # two blocks at most: more programs at a time hide more than a pipeline would
     if head_size <= 64:
         # dK and dV: two programs fill a multiprocessor. 64 columns spill on gfx942, dropout at 128 rows everywhere.
+        if has_bias:
+            return Launch(64, 32, 4, 1)  # on sm_100 a pipeline spills
         return Launch(64, 32, 4, 2) if has_dropout else Launch(128, 32, 4, 2)
     return Launch(64, 32, 4, 1)  # dK and dV are twice as wide: half the rows; on gfx942 a pipeline spills
+
+
+def splits_tail(dtype: torch.dtype, head_size: int) -> bool:
+    """Whether the forward pass masks the last block of keys alone."""
+    return is_half(dtype) and head_size <= 64
 
 
 def bias_launch(dtype: torch.dtype, head_size: int) -> Launch:
@@ -74,8 +83,23 @@ def _tile(tiles_ptr, SUBTILES: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _rows_from(first_row, BLOCK: tl.constexpr):
-    """A block's row numbers. first_row is a multiple of BLOCK; said in bits, the compiler sees what dropout shares."""
+    """A block's row numbers for dropout. first_row is a multiple of BLOCK: said in bits, the compiler sees what shares
+    a counter."""
     return (first_row & -BLOCK) | tl.arange(0, BLOCK)
+
+
+@triton.jit
+def _kept(
+    seed, sequence_start, head, first_query, first_key, threshold,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, IS_TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """Which scores of a tile dropout keeps."""
+    query_idx, key_idx = _rows_from(first_query, QUERIES), _rows_from(first_key, KEYS)
+    if IS_TRANSPOSED:
+        is_kept = keep_scores(seed, sequence_start, head, query_idx[None, :], key_idx[:, None], threshold)
+    else:
+        is_kept = keep_scores(seed, sequence_start, head, query_idx[:, None], key_idx[None, :], threshold)
+    return is_kept
 
 
 @triton.jit
@@ -115,15 +139,16 @@ def _relative_bias(bias_ptr, reach, query_idx, key_idx):
 @triton.jit
 def _forward_block(
     query, k_ptr, v_ptr, k_stride, v_stride, first_key, num_keys, log2_scale, running_max, running_sum, result,
-    sequence_start, head, query_idx, seed, threshold, bias_ptr, reach,
-    HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    sequence_start, head, first_query, seed, threshold, bias_ptr, reach,
+    HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr, IS_TAIL: tl.constexpr,
 ):  # fmt: skip
     """One block of keys: the running maximum and sum of the softmax, and the weighted sum of the values."""
     key = _load_rows(k_ptr, k_stride, first_key, num_keys, BLOCK_N, HEAD_SIZE, BLOCK_D, IS_TAIL)
     scores = tl.dot(query, tl.trans(key), input_precision="ieee") * log2_scale
-    key_idx = _rows_from(first_key, BLOCK_N)
+    key_idx = first_key + tl.arange(0, BLOCK_N)
     if HAS_BIAS:
+        query_idx = first_query + tl.arange(0, BLOCK_M)
         scores += _relative_bias(bias_ptr, reach, query_idx[:, None], key_idx[None, :])
     if IS_TAIL:
         scores = tl.where((key_idx < num_keys)[None, :], scores, float("-inf"))
@@ -133,7 +158,9 @@ def _forward_block(
     running_sum = running_sum * decay + tl.sum(probs, 1)
     if HAS_DROPOUT:
         # After the sum: dropout is of the normalised probabilities. The factor of what is kept comes at the end.
-        is_kept = keep_scores(seed, sequence_start, head, query_idx[:, None], key_idx[None, :], threshold)
+        is_kept = _kept(
+            seed, sequence_start, head, first_query, first_key, threshold, BLOCK_M, BLOCK_N, IS_TRANSPOSED=False
+        )
         probs = tl.where(is_kept, probs, 0.0)
     value = _load_rows(v_ptr, v_stride, first_key, num_keys, BLOCK_N, HEAD_SIZE, BLOCK_D, IS_TAIL)
     result = result * decay[:, None]
@@ -146,7 +173,7 @@ def _attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, tiles_ptr, seed_ptr, bias_ptr,
     q_stride, k_stride, v_stride, out_stride, lse_stride, scale, stream, threshold, keep_scale, reach,
     HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SUBTILES: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SUBTILES: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT_TAIL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of one head against all keys of their sequence, with a running softmax in base 2."""
     sequence_start, num_rows, num_keys, first_query = _tile(tiles_ptr, SUBTILES, BLOCK_M)
@@ -160,7 +187,7 @@ def _attention_kernel(
         q_ptr + sequence_start * q_stride + head_offs,
         q_stride, first_query, num_rows, BLOCK_M, HEAD_SIZE, BLOCK_D, IS_TAIL=True,
     )  # fmt: skip
-    query_idx = _rows_from(first_query, BLOCK_M)
+    query_idx = first_query + tl.arange(0, BLOCK_M)
     seed = load_seed(seed_ptr, stream) if HAS_DROPOUT else 0
     if HAS_BIAS:
         bias_ptr += head * (2 * reach + 1)
@@ -170,18 +197,19 @@ def _attention_kernel(
     running_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     running_sum = tl.zeros((BLOCK_M,), tl.float32)
     result = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    full_keys = num_keys // BLOCK_N * BLOCK_N
+    # Where registers are short, one loop that masks every block takes fewer than a loop and its tail.
+    full_keys = num_keys // BLOCK_N * BLOCK_N if SPLIT_TAIL else num_keys
     for first_key in range(0, full_keys, BLOCK_N):
         running_max, running_sum, result = _forward_block(
             query, k_ptr, v_ptr, k_stride, v_stride, first_key, num_keys, log2_scale, running_max, running_sum, result,
-            counter_start, head, query_idx, seed, threshold, bias_ptr, reach,
-            HEAD_SIZE, BLOCK_D, BLOCK_N, HAS_DROPOUT, HAS_BIAS, IS_TAIL=False,
+            counter_start, head, first_query, seed, threshold, bias_ptr, reach,
+            HEAD_SIZE, BLOCK_D, BLOCK_M, BLOCK_N, HAS_DROPOUT, HAS_BIAS, IS_TAIL=not SPLIT_TAIL,
         )  # fmt: skip
-    if full_keys < num_keys:
+    if SPLIT_TAIL and full_keys < num_keys:
         running_max, running_sum, result = _forward_block(
             query, k_ptr, v_ptr, k_stride, v_stride, full_keys, num_keys, log2_scale, running_max, running_sum, result,
-            counter_start, head, query_idx, seed, threshold, bias_ptr, reach,
-            HEAD_SIZE, BLOCK_D, BLOCK_N, HAS_DROPOUT, HAS_BIAS, IS_TAIL=True,
+            counter_start, head, first_query, seed, threshold, bias_ptr, reach,
+            HEAD_SIZE, BLOCK_D, BLOCK_M, BLOCK_N, HAS_DROPOUT, HAS_BIAS, IS_TAIL=True,
         )  # fmt: skip
 
     # A query without keys has an empty sum: divided by one its output is zero, and its log-sum-exp -inf.
@@ -211,22 +239,25 @@ def _score_gradient(scores, log2_lse, grad_probs, delta, is_kept, keep_scale, HA
 @triton.jit
 def _grad_q_block(
     query, grad_out, k_ptr, v_ptr, k_stride, v_stride, first_key, num_keys, log2_scale, log2_lse, delta, grad_q,
-    sequence_start, head, query_idx, seed, threshold, keep_scale, bias_ptr, reach,
-    HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    sequence_start, head, first_query, seed, threshold, keep_scale, bias_ptr, reach,
+    HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr, IS_TAIL: tl.constexpr,
 ):  # fmt: skip
     key = _load_rows(k_ptr, k_stride, first_key, num_keys, BLOCK_N, HEAD_SIZE, BLOCK_D, IS_TAIL)
     value = _load_rows(v_ptr, v_stride, first_key, num_keys, BLOCK_N, HEAD_SIZE, BLOCK_D, IS_TAIL)
     scores = tl.dot(query, tl.trans(key), input_precision="ieee") * log2_scale
-    key_idx = _rows_from(first_key, BLOCK_N)
+    key_idx = first_key + tl.arange(0, BLOCK_N)
     if HAS_BIAS:
+        query_idx = first_query + tl.arange(0, BLOCK_M)
         scores += _relative_bias(bias_ptr, reach, query_idx[:, None], key_idx[None, :])
     if IS_TAIL:
         scores = tl.where((key_idx < num_keys)[None, :], scores, float("-inf"))
     grad_probs = tl.dot(grad_out, tl.trans(value), input_precision="ieee")
     is_kept = None
     if HAS_DROPOUT:
-        is_kept = keep_scores(seed, sequence_start, head, query_idx[:, None], key_idx[None, :], threshold)
+        is_kept = _kept(
+            seed, sequence_start, head, first_query, first_key, threshold, BLOCK_M, BLOCK_N, IS_TRANSPOSED=False
+        )
     _, grad_scores = _score_gradient(
         scores, log2_lse[:, None], grad_probs, delta[:, None], is_kept, keep_scale, HAS_DROPOUT
     )
@@ -240,7 +271,7 @@ def _attention_grad_q_kernel(
     grad_out_stride, q_stride, k_stride, v_stride, out_stride, grad_q_stride, lse_stride, scale,
     stream, threshold, keep_scale, reach,
     HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SUBTILES: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SUBTILES: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT_TAIL: tl.constexpr,
 ):  # fmt: skip
     """dQ of BLOCK_M queries; also delta = rowsum(dO * O), which the other kernels read."""
     sequence_start, num_rows, num_keys, first_query = _tile(tiles_ptr, SUBTILES, BLOCK_M)
@@ -263,7 +294,7 @@ def _attention_grad_q_kernel(
         out_stride, first_query, num_rows, BLOCK_M, HEAD_SIZE, BLOCK_D, IS_TAIL=True,
     )  # fmt: skip
     delta = tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), 1)
-    query_idx = _rows_from(first_query, BLOCK_M)
+    query_idx = first_query + tl.arange(0, BLOCK_M)
     statistic_offs = head.to(tl.int64) * lse_stride + sequence_start + query_idx
     tl.store(delta_ptr + statistic_offs, delta, mask=query_idx < num_rows)
     log2_lse = tl.load(lse_ptr + statistic_offs, mask=query_idx < num_rows, other=float("inf")) * LOG2_E
@@ -274,18 +305,19 @@ def _attention_grad_q_kernel(
     counter_start = sequence_start.to(tl.uint32)
 
     grad_q = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    full_keys = num_keys // BLOCK_N * BLOCK_N
+    # Where registers are short, one loop that masks every block takes fewer than a loop and its tail.
+    full_keys = num_keys // BLOCK_N * BLOCK_N if SPLIT_TAIL else num_keys
     for first_key in range(0, full_keys, BLOCK_N):
         grad_q = _grad_q_block(
             query, grad_out, k_ptr, v_ptr, k_stride, v_stride, first_key, num_keys, log2_scale, log2_lse, delta, grad_q,
-            counter_start, head, query_idx, seed, threshold, keep_scale, bias_ptr, reach,
-            HEAD_SIZE, BLOCK_D, BLOCK_N, HAS_DROPOUT, HAS_BIAS, IS_TAIL=False,
+            counter_start, head, first_query, seed, threshold, keep_scale, bias_ptr, reach,
+            HEAD_SIZE, BLOCK_D, BLOCK_M, BLOCK_N, HAS_DROPOUT, HAS_BIAS, IS_TAIL=not SPLIT_TAIL,
         )  # fmt: skip
-    if full_keys < num_keys:
+    if SPLIT_TAIL and full_keys < num_keys:
         grad_q = _grad_q_block(
             query, grad_out, k_ptr, v_ptr, k_stride, v_stride, full_keys, num_keys, log2_scale, log2_lse, delta, grad_q,
-            counter_start, head, query_idx, seed, threshold, keep_scale, bias_ptr, reach,
-            HEAD_SIZE, BLOCK_D, BLOCK_N, HAS_DROPOUT, HAS_BIAS, IS_TAIL=True,
+            counter_start, head, first_query, seed, threshold, keep_scale, bias_ptr, reach,
+            HEAD_SIZE, BLOCK_D, BLOCK_M, BLOCK_N, HAS_DROPOUT, HAS_BIAS, IS_TAIL=True,
         )  # fmt: skip
 
     _store_rows(
@@ -298,8 +330,8 @@ def _attention_grad_q_kernel(
 def _grad_kv_block(
     key, value, q_ptr, grad_out_ptr, lse_ptr, delta_ptr, q_stride, grad_out_stride, first_query, num_rows, log2_scale,
     grad_k, grad_v,
-    sequence_start, head, key_idx, seed, threshold, keep_scale, bias_ptr, reach,
-    HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    sequence_start, head, first_key, seed, threshold, keep_scale, bias_ptr, reach,
+    HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """One block of queries; the scores are transposed, keys down and queries across."""
@@ -307,17 +339,20 @@ def _grad_kv_block(
     grad_out = _load_rows(
         grad_out_ptr, grad_out_stride, first_query, num_rows, BLOCK_N, HEAD_SIZE, BLOCK_D, IS_TAIL=True
     )
-    query_idx = _rows_from(first_query, BLOCK_N)
+    query_idx = first_query + tl.arange(0, BLOCK_N)
     # Rows beyond the sequence have an infinite log-sum-exp, and so no probability.
     log2_lse = tl.load(lse_ptr + query_idx, mask=query_idx < num_rows, other=float("inf")) * LOG2_E
     delta = tl.load(delta_ptr + query_idx, mask=query_idx < num_rows, other=0.0)
     scores = tl.dot(key, tl.trans(query), input_precision="ieee") * log2_scale
     if HAS_BIAS:
+        key_idx = first_key + tl.arange(0, BLOCK_M)
         scores += _relative_bias(bias_ptr, reach, query_idx[None, :], key_idx[:, None])
     grad_probs = tl.dot(value, tl.trans(grad_out), input_precision="ieee")
     is_kept = None
     if HAS_DROPOUT:
-        is_kept = keep_scores(seed, sequence_start, head, query_idx[None, :], key_idx[:, None], threshold)
+        is_kept = _kept(
+            seed, sequence_start, head, first_query, first_key, threshold, BLOCK_N, BLOCK_M, IS_TRANSPOSED=True
+        )
     probs, grad_scores = _score_gradient(
         scores, log2_lse[None, :], grad_probs, delta[None, :], is_kept, keep_scale, HAS_DROPOUT
     )
@@ -353,7 +388,7 @@ def _attention_grad_kv_kernel(
         v_ptr + sequence_start * v_stride + head_offs,
         v_stride, first_key, num_keys, BLOCK_M, HEAD_SIZE, BLOCK_D, IS_TAIL=True,
     )  # fmt: skip
-    key_idx = _rows_from(first_key, BLOCK_M)
+    key_idx = first_key + tl.arange(0, BLOCK_M)
     seed = load_seed(seed_ptr, stream) if HAS_DROPOUT else 0
     if HAS_BIAS:
         bias_ptr += head * (2 * reach + 1)
@@ -368,8 +403,8 @@ def _attention_grad_kv_kernel(
         grad_k, grad_v = _grad_kv_block(
             key, value, q_ptr, grad_out_ptr, lse_ptr, delta_ptr, q_stride, grad_out_stride, first_query, num_queries,
             log2_scale, grad_k, grad_v,
-            counter_start, head, key_idx, seed, threshold, keep_scale, bias_ptr, reach,
-            HEAD_SIZE, BLOCK_D, BLOCK_N, HAS_DROPOUT, HAS_BIAS,
+            counter_start, head, first_key, seed, threshold, keep_scale, bias_ptr, reach,
+            HEAD_SIZE, BLOCK_D, BLOCK_M, BLOCK_N, HAS_DROPOUT, HAS_BIAS,
         )  # fmt: skip
 
     # A row that is no key has spoilt no other row: masking it here costs the loop nothing.
@@ -533,7 +568,7 @@ def attention(
         _attention_kernel[(tiles.shape[0] * sizes["SUBTILES"], heads)](
             q, k, v, out, lse, tiles, *extras.pointers,
             q.stride(0), k.stride(0), v.stride(0), out.stride(0), tokens, scale, *extras.numbers,
-            **sizes, **extras.flags,
+            **sizes, **extras.flags, SPLIT_TAIL=splits_tail(q.dtype, head_size),
         )  # fmt: skip
     return out, lse
 
@@ -563,12 +598,14 @@ def attention_backward(
     delta = torch.empty_like(lse)
     grad_bias = None
     if tokens > 0:
-        sizes = _sizes(backward_launch(q.dtype, head_size, max_seqlen, extras.dropout_p > 0), head_size)
+        sizes = _sizes(
+            backward_launch(q.dtype, head_size, max_seqlen, extras.dropout_p > 0, extras.bias is not None), head_size
+        )
         grid = (tiles.shape[0] * sizes["SUBTILES"], heads)
         _attention_grad_q_kernel[grid](
             grad_out, q, k, v, out, lse, delta, grad_q, tiles, *extras.pointers,
             grad_out.stride(0), q.stride(0), k.stride(0), v.stride(0), out.stride(0), grad_q.stride(0), tokens,
-            scale, *extras.numbers, **sizes, **extras.flags,
+            scale, *extras.numbers, **sizes, **extras.flags, SPLIT_TAIL=False,
         )  # fmt: skip
         _attention_grad_kv_kernel[grid](
             grad_out, q, k, v, lse, delta, grad_k, grad_v, tiles, *extras.pointers,

@@ -46,8 +46,8 @@ class Tables(NamedTuple):
 def _gather(table_ptr, entry, entries, column_idx, mask, width):
     """A row of a table, NaN where there is none."""
     inside = tl.minimum(tl.maximum(entry, 0), entries - 1)
-    row = _load_features(table_ptr, inside * width + column_idx, mask)
-    return tl.where(entry == inside, row, float("nan"))
+    shift = tl.where(entry == inside, 0.0, float("nan"))
+    return _load_features(table_ptr, inside * width + column_idx, mask) + shift
 
 
 @triton.jit

@@ -74,8 +74,8 @@ def _addend(
     x, input_bias, residual_ptr, offs, mask, seed, row, column_idx, threshold, keep_scale,
     HAS_INPUT_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """What is normalised, and which features dropout kept (None without)."""
-    is_kept = None
+    """What is normalised, and which features dropout kept."""
+    is_kept = mask
     if HAS_INPUT_BIAS:
         x += input_bias
     if HAS_DROPOUT:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 import bert_fast
 from bert_fast import checkpoint
+from bert_fast.config import BertConfig
 
 # BERT's own -100 on the empty row: what that row is classified as means nothing.
 CLASSES = torch.tensor([0, 2, 1, 0, -100, -100, 2, 1])
@@ -97,6 +98,60 @@ def test_pre_training() -> None:
     next_model = theirs("BertForNextSentencePrediction")
     next_model.load_state_dict(model.state_dict(), strict=False)
     assert_near(second, next_model(**batch, labels=next_sentence_label).loss)
+
+
+@pytest.mark.parametrize("rows", [MIXED, WHOLE], ids=["mixed", "whole"])
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "BertForPreTraining"])
+def test_last_layer_on_labelled_rows(name: str, rows: str) -> None:
+    model = theirs(name)
+    twin = ours(model)
+    twin.needs_labelled_only = True
+    mask = mask_of(rows)
+    batch = inputs(mask)
+    labels = {"labels": token_labels((len(mask), 13), 97)}
+    if name == "BertForPreTraining":
+        labels["next_sentence_label"] = BINARY[: len(mask)]
+    assert_same_loss(model, twin, batch, labels)
+    output = twin(**batch, **labels)
+    assert len(output.encoder.packed) == int((labels["labels"] != -100).sum())
+    plain = ours(model)
+    assert_near(output.logits, plain(**batch, **labels).logits)
+    if name == "BertForPreTraining":
+        assert_near(output.next_sentence_logits, plain(**batch).next_sentence_logits)
+    with pytest.raises(ValueError, match="the last layer was computed on"):
+        _ = output.encoder.last_hidden_state
+    assert twin(**batch).encoder.last_hidden_state.shape == (len(mask), 13, 51)  # without labels all rows are needed
+
+
+def test_no_token_is_labelled() -> None:
+    twin = ours(theirs("BertForPreTraining"))
+    batch = inputs(mask_of(MIXED))
+    for needs_labelled_only in (False, True):
+        twin.needs_labelled_only = needs_labelled_only
+        output = twin(**batch, labels=torch.full((8, 13), -100))
+        assert float(output.loss.detach()) == 0.0
+        assert output.logits.shape == (0, 97)
+        assert all(float(grad.abs().max()) == 0.0 for grad in gradients(twin, output.loss).values())
+
+
+def test_logits_are_not_made_for_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    twin = ours(theirs("BertForMaskedLM"))
+    calls: list[int] = []
+    forward = twin.mlm.forward
+    monkeypatch.setattr(twin.mlm, "forward", lambda *args: calls.append(1) or forward(*args))
+    output = twin(**inputs(mask_of(MIXED)), labels=token_labels((8, 13), 97))
+    output.loss.backward()
+    assert not calls
+    assert output.logits is output.logits
+    assert calls == [1]
+
+
+def test_hidden_states_of_some_rows_are_refused() -> None:
+    model = bert_fast.BertModel(BertConfig(**SIZES))
+    batch = inputs(mask_of(MIXED))
+    keep = torch.zeros(8, 13, dtype=torch.bool)
+    with pytest.raises(ValueError, match="output_hidden_states and needs_kept_rows_only are both True"):
+        model(**batch, keep=keep, needs_kept_rows_only=True, output_hidden_states=True)
 
 
 # ---- sequences -------------------------------------------------------------------------------------------------------

@@ -112,6 +112,11 @@ def with_dtype(mask: Bools, dtype: torch.dtype, seed: int = 0) -> Tensor:
 
 def assert_twin(batch: PackedBatch, mask: Bools, keep: Bools | None = None, keep_first: bool = False) -> None:
     expected = twin.unpad(mask, keep, keep_first, TILE_SIZE)
+    if keep is None:
+        assert batch.kept is None
+    else:
+        assert batch.kept is not None
+        assert_same(batch.kept, np.flatnonzero(keep.reshape(-1)[expected.indices]))
     assert_same(batch.positions, expected.positions)
     assert_same(batch.cu_seqlens, expected.cu_seqlens)
     assert_same(batch.num_keys, expected.num_keys)

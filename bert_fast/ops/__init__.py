@@ -15,7 +15,7 @@ from ._path import (
     forced_path,
     has_triton,
 )
-from .attention import TILE_SIZE, launch_attention, launch_attention_backward
+from .attention import TILE_SIZE, launch_attention, launch_attention_backward, max_seqlen_bucket
 from .cross_entropy import launch_linear_cross_entropy
 from .embedding import launch_embedding, launch_embedding_backward
 from .gelu import launch_gelu, launch_gelu_backward
@@ -45,4 +45,5 @@ __all__ = [
     "launch_linear_cross_entropy",
     "launch_pad",
     "launch_unpad",
+    "max_seqlen_bucket",
 ]

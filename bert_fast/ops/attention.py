@@ -15,6 +15,13 @@ TILE_SIZE = 128
 """Query rows of one entry in the tile list of bert_fast.masking; kernels._launch has the same number."""
 
 
+def max_seqlen_bucket(max_seqlen: int) -> int:
+    """The longest row whose kernels have the same launch sizes; so a graph or a binary serves the bucket."""
+    from ..kernels.attention import SHORT
+
+    return SHORT if max_seqlen <= SHORT else 2 * SHORT
+
+
 def _within_token(x: Tensor) -> Tensor:
     """x (tokens, heads, head_size) with its heads side by side, copied only if they are not."""
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()

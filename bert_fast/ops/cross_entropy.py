@@ -41,10 +41,16 @@ def launch_linear_cross_entropy(
         grad_x = torch.empty_like(x)
         grad_weight = torch.zeros((classes, width), dtype=torch.float32, device=x.device)
         grad_bias = None if bias is None else torch.zeros(classes, dtype=torch.float32, device=x.device)
-    for start in range(0, rows, chunk_rows(classes, x.element_size())):
-        stop = min(start + chunk_rows(classes, x.element_size()), rows)
-        chunk = x[start:stop]
-        logits = chunk @ weight.t() if bias is None else torch.addmm(bias, chunk, weight.t())
+    step = min(chunk_rows(classes, x.element_size()), rows)
+    # Rows that begin on a 128-byte line: 30,522 logits of 16 bits would not, which matrix products and loads pay for.
+    buffer = torch.empty((step, -(-classes // 64) * 64), dtype=x.dtype, device=x.device)
+    for start in range(0, rows, max(step, 1)):
+        stop = min(start + step, rows)
+        chunk, logits = x[start:stop], buffer[: stop - start, :classes]
+        if bias is None:
+            torch.mm(chunk, weight.t(), out=logits)
+        else:
+            torch.addmm(bias, chunk, weight.t(), out=logits)
         total += _cross_entropy(logits, targets[start:stop], has_gradient).sum()
         if grad_x is not None and grad_weight is not None:
             torch.mm(logits, weight, out=grad_x[start:stop])

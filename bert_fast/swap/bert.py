@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -10,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import nn as fast
-from .. import reference
+from .. import ops, reference
 from ..config import BertConfig
+from ..graphs import GraphRunner
 from ..masking import PackedBatch, unpad
 from .family import Call, Family, kept_rows
 
@@ -246,8 +249,14 @@ def plan(model: Any, call: Call) -> Plan | str:
 # ---- the fast forward ------------------------------------------------------------------------------------------------
 
 
-def pack_call(model: Any, call: Call) -> tuple[PackedBatch, Tensor | None]:
-    """The call's batch without padding, and its inputs_embeds (tokens, hidden_size), if those were given."""
+def pack_call(model: Any, call: Call, device: torch.device | str | None = None) -> tuple[PackedBatch, Tensor | None]:
+    """The call's batch without padding, and its inputs_embeds (tokens, hidden_size), if those were given.
+
+    Args:
+        model: the encoder.
+        call: its arguments.
+        device: of the batch; None: that of the inputs.
+    """
     ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
     source: Any = embeds if ids is None else ids
     shape = tuple(source.shape[:2])
@@ -274,25 +283,73 @@ def pack_call(model: Any, call: Call) -> tuple[PackedBatch, Tensor | None]:
         token_types=None if types is None else types.expand(shape),
         keep=keep,
         keep_first=model.pooler is not None,
-        device=source.device,
+        device=source.device if device is None else device,
     )
     if call.get("position_ids") is not None:
         batch = replace(batch, positions=batch.select(call["position_ids"].expand(shape)))
     return batch, None if embeds is None else batch.select(embeds)
 
 
+def _encode(parts: Plan, batch: PackedBatch, embeds: Tensor | None = None, kept: list[Tensor] | None = None) -> Tensor:
+    """(tokens, hidden_size); `kept` receives the embeddings and every layer's output."""
+    hidden = fast.embed(parts.embeddings, batch, embeds)
+    for layer in parts.layers:
+        if kept is not None:
+            kept.append(hidden)
+        hidden = fast.encoder_layer(layer, hidden, batch)
+    if kept is not None:
+        kept.append(hidden)
+    return hidden
+
+
+def _parameters(parts: Plan) -> Iterator[Tensor]:
+    """Every tensor that the encoder's modules own."""
+    for part in (parts.embeddings, *parts.layers):
+        for module in part:
+            if isinstance(module, nn.Module):
+                for owner in module.modules():
+                    yield from (x for x in owner._parameters.values() if x is not None)
+                    yield from (x for x in owner._buffers.values() if x is not None)
+
+
+def _runner(model: Any, call: Call) -> GraphRunner | None:
+    """What replays the call, if that is wanted and its work is the same for every batch of a bucket."""
+    runner: GraphRunner | None = model.__dict__.get("bert_fast_graphs")
+    if runner is None or model.training or call.get("input_ids") is None or torch.compiler.is_compiling():
+        return None
+    if torch.is_grad_enabled() or _setting(model, call, "output_hidden_states"):
+        return None
+    word = model.embeddings.word_embeddings.weight
+    if ops.choose("layer_norm", word.device.type, word.dtype, word.shape[1]).path != "triton":
+        return None
+    return None if word.device.type == "cuda" and torch.cuda.is_current_stream_capturing() else runner
+
+
+def _replayed(model: Any, call: Call, parts: Plan, runner: GraphRunner) -> tuple[PackedBatch, Tensor]:
+    """The batch and its (tokens, hidden_size); the batch goes through the host, since the mask does anyway."""
+    batch, _ = pack_call(model, call, "cpu")
+    device = call["input_ids"].device
+    if not 0 < batch.total_tokens <= runner.max_tokens:
+        batch = batch.to(device)
+        return batch, _encode(parts, batch)
+    hidden = runner.run(functools.partial(_encode, parts), batch, device, _parameters(parts))
+    if batch.indices is None:
+        return batch, hidden.clone()  # the next replay writes there
+    return replace(batch, indices=batch.indices.to(device, non_blocking=True)), hidden
+
+
 def run(model: Any, call: Call, parts: Plan) -> Any:
     """BertModel.forward, without padding between the embeddings and the last layer."""
     from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
-    batch, embeds = pack_call(model, call)
-    hidden = fast.embed(parts.embeddings, batch, embeds)
     wants_hidden_states = bool(_setting(model, call, "output_hidden_states"))
-    kept = [hidden]
-    for layer in parts.layers:
-        hidden = fast.encoder_layer(layer, hidden, batch)
-        if wants_hidden_states:
-            kept.append(hidden)
+    kept: list[Tensor] = []
+    runner = _runner(model, call)
+    if runner is not None:
+        batch, hidden = _replayed(model, call, parts, runner)
+    else:
+        batch, embeds = pack_call(model, call)
+        hidden = _encode(parts, batch, embeds, kept if wants_hidden_states else None)
     sequence_output = batch.pad(hidden)
     pooled = None if model.pooler is None else model.pooler(sequence_output)
     hidden_states = None

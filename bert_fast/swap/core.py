@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from ..graphs import GraphRunner
 from .bert import FAMILY as BERT
 from .family import Call, Family, kept_rows
 
@@ -33,11 +34,13 @@ FRAMEWORKS = frozenset({"accelerate", "bert_fast", "sentence_transformers", "tor
 
 
 class Swapped:
-    """Marks a swapped class. The attributes belong to the class, but for `bert_fast_calls`, which counts paths."""
+    """Marks a swapped class. The attributes belong to the class, but for `bert_fast_calls`, which counts paths, and
+    `bert_fast_graphs`, which holds CUDA graphs if those are wanted."""
 
     bert_fast_family: Family
     bert_fast_base: type[nn.Module]
     bert_fast_calls: Counter[str]
+    bert_fast_graphs: GraphRunner
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time: pickle and deepcopy rebuild it from the class that can be imported.
@@ -159,7 +162,7 @@ def is_off() -> bool:
     return os.environ.get("BERT_FAST", "").lower() == "off"
 
 
-def swap(model: Model) -> Model:
+def swap(model: Model, *, cuda_graphs: bool = False) -> Model:
     """Gives every known encoder in the model the fast forward, in place. Once swapped, a model stays as it is.
 
     Parameters, their names, hooks, the training mode and the class's name stay; calls that the fast path does not serve
@@ -167,6 +170,9 @@ def swap(model: Model) -> Model:
 
     Args:
         model: a transformers model, a SentenceTransformer, or any module that holds one.
+        cuda_graphs: whether, on a GPU and without gradients, batches of up to graphs.MAX_TOKENS tokens are replayed
+            from CUDA graphs, which are kept for buckets of token counts. Calls at the same time, from other threads or
+            on other streams, need a model each. swap(model, cuda_graphs=False) on a swapped model ends it.
 
     Returns:
         The same object.
@@ -194,6 +200,11 @@ def swap(model: Model) -> Model:
         raise ValueError(f"{type(model).__name__} holds no encoder that bert_fast knows; it knows {known}")
     for module, cls in classes:
         module.__class__ = cls
+    for _, encoder in swapped_encoders(model):
+        if cuda_graphs and "bert_fast_graphs" not in encoder.__dict__:
+            object.__setattr__(encoder, "bert_fast_graphs", GraphRunner())
+        elif not cuda_graphs:
+            encoder.__dict__.pop("bert_fast_graphs", None)
     return model
 
 
@@ -202,7 +213,8 @@ def restore(model: Model) -> Model:
     for module in model.modules():
         if isinstance(module, Swapped):
             module.__class__ = module.bert_fast_base  # type: ignore[assignment]
-            module.__dict__.pop("bert_fast_calls", None)
+            for name in ("bert_fast_calls", "bert_fast_graphs"):
+                module.__dict__.pop(name, None)
     return model
 
 
