@@ -2,6 +2,7 @@
 
     python tests/compile_kernels.py [PART PARTS]     JSON, a list of binaries; of PARTS processes this is number PART
     python tests/compile_kernels.py variants         JSON, how many binaries each kernel needs for many token counts
+    python tests/compile_kernels.py training         seconds until the kernels of a BERT-base training step are there
 
 The kernels' own launchers run, on CPU tensors; what they would launch is recorded, specialised as Triton does it and
 compiled with the options of the launch tables. TRITON_INTERPRET must not be set.
@@ -14,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -258,7 +260,25 @@ def count_variants() -> dict[str, int]:
     return {name: len(keys) for name, keys in seen.items()}
 
 
+def compile_training_step() -> None:
+    """What a first step needs; from Triton's disk cache, where it has been compiled before."""
+    for launch in (
+        *launch_attention(BF16, 64, 1000, 512, dropout_p=0.1),
+        *launch_layer_norm(BF16, 768, 1000, has_residual=True, dropout_p=0.1),
+        *launch_gelu(BF16, 3072, 1000, has_bias=True, approximate="none"),
+        *launch_embedding(BF16, 768, 1000, dropout_p=0.1),
+        *launch_cross_entropy(BF16, 30522, 1000),
+    ):
+        source, options = specialise(launch, TARGETS["sm_90"])
+        triton.compile(source, target=TARGETS["sm_90"], options=options)
+
+
 def main(arguments: list[str]) -> None:
+    if arguments == ["training"]:
+        start = time.perf_counter()
+        compile_training_step()
+        print(f"{time.perf_counter() - start:.2f}")
+        return
     if arguments == ["variants"]:
         print(json.dumps(count_variants()))
         return

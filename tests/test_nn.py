@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,9 +14,10 @@ from models import (
 )
 from tolerance import assert_twice_torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import bert_fast
-from bert_fast import masking
+from bert_fast import functional, masking, ops
 
 # (constructor arguments of torch.nn.LayerNorm, shape of the input)
 LAYER_NORMS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
@@ -143,3 +145,86 @@ def test_encoder_layer(activation: str) -> None:
     out = layer(batch.select(x), batch)
     # With autograd on, torch's layer takes its plain path, which treats masks as it says.
     assert_near(out, batch.select(theirs(x, src_key_padding_mask=~mask)))
+
+
+# ---- training in Triton ----------------------------------------------------------------------------------------------
+
+
+def small_layer(dropout: float) -> bert_fast.nn.EncoderLayer:
+    torch.manual_seed(3)
+    layer = bert_fast.nn.EncoderLayer(
+        hidden_size=34, num_heads=2, intermediate_size=41, activation="none", attention_dropout=dropout,
+        hidden_dropout=dropout, layer_norm_eps=1e-12,
+    )  # fmt: skip
+    for parameter in layer.parameters():
+        parameter.data.add_(0.2 * torch.randn_like(parameter))
+    return layer.train()
+
+
+def small_batch() -> tuple[Tensor, masking.PackedBatch]:
+    batch = masking.unpad(mask_of("1111111 1110000 1010011"))
+    return torch.randn(batch.total_tokens, 34, generator=torch.Generator().manual_seed(1)).requires_grad_(), batch
+
+
+def results(layer: nn.Module, call: Callable[..., Tensor], x: Tensor, *args: Any) -> list[Tensor]:
+    out = call(x, *args)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
+    leaves = (x, *layer.parameters())
+    for leaf in leaves:
+        leaf.grad = None
+    out.backward(grad)  # which the older form of checkpointing asks for
+    return [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+def test_fused_projections_are_what_their_parts_are() -> None:
+    pytest.importorskip("triton")
+    layer, (x, batch) = small_layer(0.0), small_batch()
+    with ops.forced_path("triton"):
+        found = results(layer, layer, x, batch)
+    with ops.forced_path("torch"):
+        expected = results(layer, layer, x, batch)
+    for a, b in zip(found, expected, strict=True):
+        assert_near(a, b)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_draws_the_same_dropout(use_reentrant: bool) -> None:
+    pytest.importorskip("triton")
+    layer, (x, batch) = small_layer(0.3), small_batch()
+    with ops.forced_path("triton"):
+        torch.manual_seed(7)
+        expected = results(layer, layer, x, batch)
+        torch.manual_seed(7)
+        found = results(layer, lambda *args: checkpoint(layer, *args, use_reentrant=use_reentrant), x, batch)
+        other = results(layer, layer, x, batch)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(other[0], expected[0])
+
+
+def test_dropouts_of_a_layer_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One seed, three streams; attention's own is that of functional.attention."""
+    pytest.importorskip("triton")
+    layer, (x, batch) = small_layer(0.3), small_batch()
+    seen: list[tuple[int, int]] = []
+    for name in ("attention", "layer_norm"):
+        original = getattr(functional, name)
+
+        def spy(*args: Any, original: Any = original, **options: Any) -> Tensor:
+            seen.append((int(options["seed"]), options["stream"]))
+            result: Tensor = original(*args, **options)
+            return result
+
+        monkeypatch.setattr(functional, name, spy)
+    with ops.forced_path("triton"):
+        layer(x, batch)
+    assert [stream for _, stream in seen] == [0, 1, 2]
+    assert len({seed for seed, _ in seen}) == 1
+
+
+def test_a_layer_on_some_rows() -> None:
+    layer, (x, batch) = small_layer(0.0), small_batch()
+    rows = torch.tensor([11, 0, 3, 3])
+    whole = layer(x, batch)
+    assert_near(layer(x, batch, rows), whole[rows])
+    assert layer(x, batch, rows[:0]).shape == (0, 34)

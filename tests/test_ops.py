@@ -82,7 +82,9 @@ OPS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "gelu_backward-bias": lambda: (draw(5, 7), draw(5, 7, seed=1), draw(7, seed=2), "none"),
     "unpad": lambda: (torch.arange(12).view(3, 4) % 5, None, True),
     "unpad-keep": lambda: (torch.arange(12).view(3, 4) % 5, torch.arange(12).view(3, 4) % 3 == 0, False),
-    "linear_cross_entropy": lambda: (leaf(5, 7), leaf(9, 7, seed=1), leaf(9, seed=2), torch.tensor([1, -1, 3, 8, 0]), True),
+    "linear_cross_entropy": lambda: (
+        leaf(5, 7), leaf(9, 7, seed=1), leaf(9, seed=2), torch.tensor([1, -100, 3, 8, 0]), True,
+    ),
     "linear_cross_entropy-no_bias": lambda: (draw(5, 7), draw(9, 7, seed=1), None, torch.arange(5), False),
     "pad": lambda: (leaf(3, 2, 7), torch.tensor([4, 0, 3]), 6),
     "pad-int64": lambda: (torch.arange(3), torch.tensor([4, 0, 3]), 6),
