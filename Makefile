@@ -6,8 +6,9 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/cpu/*.*)
 RESULTS ?= benchmarks/results/cpu.json
 OUT ?= build/gpu
+MINUTES ?= 8.5
 
-.PHONY: demo test bench gpu lint clean
+.PHONY: demo test bench gpu gpu-dry lint clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/bert-fast demo
@@ -20,11 +21,16 @@ bench: $(VENV)/bench.stamp
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=$(RESULTS) -q
 	$(BIN)/python -m benchmarks.table $(RESULTS)
 
-# On a machine with a GPU, with the python3 that has torch and triton for it; nothing is fetched.
+# On a machine with a GPU, with the python3 that has torch and triton for it; nothing is fetched. The tests, then every
+# target of speed against its peers; ARGS="--only NAME" for some, ARGS="--tune KERNEL" for launch sizes.
 gpu:
 	mkdir -p $(OUT)
 	$(PYTHON) setup.py --quiet build_ext --inplace
-	$(PYTHON) -m pytest -m gpu -p no:cacheprovider | tee $(OUT)/tests.txt
+	$(PYTHON) -m benchmarks.gpu --out $(OUT) --minutes $(MINUTES) $(ARGS)
+
+# The same cases, tiny, without a GPU.
+gpu-dry: $(VENV)/test.stamp
+	$(BIN)/python -m benchmarks.gpu --dry --out $(OUT)
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .

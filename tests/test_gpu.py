@@ -204,8 +204,8 @@ def test_long_rows(length: int, dtype: torch.dtype) -> None:
     grad = on_gpu(*out.shape, dtype=dtype, seed=5)
     grads = torch.autograd.grad(out, (q, k, v), grad)
     exact = leaves(*(x[:length].double() for x in (q, k, v)))
-    rows = [x.transpose(0, 1) for x in exact]
-    truth = torch.nn.functional.scaled_dot_product_attention(*rows).transpose(0, 1)
+    query, key, value = (x.transpose(0, 1) for x in exact)
+    truth = torch.nn.functional.scaled_dot_product_attention(query, key, value).transpose(0, 1)
     truths = torch.autograd.grad(truth, exact, grad[:length].double())
     bound = {BF16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5}[dtype]
     for found, expected in zip((out, *grads), (truth, *truths), strict=True):
@@ -220,7 +220,8 @@ def test_activation_checkpointing_draws_the_same_dropout() -> None:
     batch = packed(LENGTHS)
     x = on_gpu(batch.total_tokens, 128, dtype=torch.float32).requires_grad_()
     results = []
-    for call in (layer, lambda x, batch: checkpoint(layer, x, batch, use_reentrant=False)):
+    calls: tuple[Callable[..., Tensor], ...] = (layer, lambda *args: checkpoint(layer, *args, use_reentrant=False))
+    for call in calls:
         torch.manual_seed(1)
         out = call(x, batch)
         results.append([out, *torch.autograd.grad(out, (x, *layer.parameters()), torch.ones_like(out))])

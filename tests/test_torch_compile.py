@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 import bert_fast
 from bert_fast.config import BertConfig
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 97,
     "hidden_size": 48,
     "num_hidden_layers": 2,
@@ -67,7 +67,7 @@ def random_batches(count: int) -> Iterator[dict[str, Tensor]]:
         }
 
 
-def loss_and_gradients(call: Callable[..., Any], model: nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
+def loss_and_gradients(call: Any, model: nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
     model.zero_grad()
     loss = call(**batch).loss
     loss.backward()
@@ -83,7 +83,7 @@ def assert_one_graph() -> None:
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_swapped_encoder(backend: str) -> None:
     model = swapped("BertModel").eval()
-    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
+    compiled: Any = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
     with torch.no_grad():
         for batch in random_batches(100):
             inputs = {name: x for name, x in batch.items() if "label" not in name}
@@ -95,7 +95,7 @@ def test_swapped_encoder(backend: str) -> None:
 @pytest.mark.parametrize("make", [lambda: swapped("BertForPreTraining", **NO_DROPOUT), lambda: own(**NO_DROPOUT)])
 def test_pretraining(make: Callable[[], Any]) -> None:
     model = make().train()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
     for batch in random_batches(100):
         found = loss_and_gradients(compiled, model, batch)
         expected = loss_and_gradients(model, model, batch)
@@ -107,7 +107,7 @@ def test_pretraining(make: Callable[[], Any]) -> None:
 def test_pretraining_on_labelled_rows_with_dropout() -> None:
     model = own().train()
     model.needs_labelled_only = True
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
     losses = [float(loss_and_gradients(compiled, model, batch)[0]) for batch in random_batches(20)]
     assert all(0.0 < loss < 10.0 for loss in losses)
     assert_one_graph()
@@ -116,7 +116,7 @@ def test_pretraining_on_labelled_rows_with_dropout() -> None:
 def test_without_dynamic_shapes_it_compiles_anew_until_all_have_changed() -> None:
     """torch's default takes the first sizes for constants, then those that change for variables."""
     model = swapped("BertModel").eval()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         for batch in random_batches(20):
             compiled(batch["input_ids"], attention_mask=batch["attention_mask"])
@@ -125,7 +125,7 @@ def test_without_dynamic_shapes_it_compiles_anew_until_all_have_changed() -> Non
 
 def test_compiled_calls_go_uncounted() -> None:
     model = swapped("BertModel").eval()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
     ids = torch.arange(12).view(2, 6)
     compiled(ids)
     assert "bert_fast_calls" not in model.__dict__
@@ -133,7 +133,8 @@ def test_compiled_calls_go_uncounted() -> None:
 
 def test_a_refused_call_is_compiled_as_the_original() -> None:
     model = swapped("BertModel", attn_implementation="eager").eval()
+    compiled: Any = torch.compile(model, backend="aot_eager")
     ids = torch.arange(12).view(2, 6)
     with torch.no_grad(), pytest.warns(UserWarning, match="attention probabilities are asked for"):
-        output = torch.compile(model, backend="aot_eager")(ids, output_attentions=True)
+        output = compiled(ids, output_attentions=True)
     assert len(output.attentions) == 2
