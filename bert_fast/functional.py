@@ -39,6 +39,13 @@ def _check_dropout(dropout_p: float) -> None:
         raise ValueError(f"dropout_p is {dropout_p}; it must lie in [0, 1)")
 
 
+def _check_affine(weight: Tensor, bias: Tensor, width: int) -> None:
+    if weight.shape != (width,) or bias.shape != (width,):
+        raise ValueError(
+            f"weight and bias have shapes {tuple(weight.shape)} and {tuple(bias.shape)}; ({width},) is needed"
+        )
+
+
 def _seed(seed: Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
     if dropout_p == 0.0:
         return None
@@ -191,10 +198,7 @@ def layer_norm(
         ValueError: shapes that do not belong together; dropout_p outside [0, 1).
     """
     width = x.shape[-1]
-    if weight.shape != (width,) or bias.shape != (width,):
-        raise ValueError(
-            f"weight and bias have shapes {tuple(weight.shape)} and {tuple(bias.shape)}; ({width},) is needed"
-        )
+    _check_affine(weight, bias, width)
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"residual has shape {tuple(residual.shape)} and x {tuple(x.shape)}; one shape is needed")
     if input_bias is not None and input_bias.shape != (width,):
@@ -280,7 +284,7 @@ def embedding(
             table gives a row of NaN, elsewhere IndexError.
         weight, bias: (width,).
         eps: added to the variance.
-        padding_idx: entry of `word` that gets no gradient.
+        padding_idx: entry of `word` that gets no gradient; a negative one counts from the end.
         dropout_p: dropout rate, in [0, 1).
         seed, stream: as for attention.
 
@@ -297,6 +301,9 @@ def embedding(
                 f"{name} has shape {tuple(table.shape)} and {table.dtype}; (entries, {width}) and {word.dtype} "
                 "are needed"
             )
+    _check_affine(weight, bias, width)
+    if padding_idx is not None and not -word.shape[0] <= padding_idx < word.shape[0]:
+        raise ValueError(f"padding_idx is {padding_idx}; it must lie in [-{word.shape[0]}, {word.shape[0]})")
     if ids.dim() != 1 or positions.shape != ids.shape or (token_types is not None and token_types.shape != ids.shape):
         raise ValueError(
             f"ids, positions and token_types have shapes {tuple(ids.shape)}, {tuple(positions.shape)} and "
@@ -309,7 +316,8 @@ def embedding(
         x = F.embedding(ids, word, padding_idx) + types
         return F.dropout(layer_norm(F.embedding(positions, position), weight, bias, eps, x), dropout_p)
     tables = (word, position, token_type, ids, positions, token_types)
-    extras = (-1 if padding_idx is None else padding_idx, _seed(seed, dropout_p, word.device), stream, dropout_p)
+    padding_entry = -1 if padding_idx is None else padding_idx % word.shape[0]
+    extras = (padding_entry, _seed(seed, dropout_p, word.device), stream, dropout_p)
     if _needs_dispatcher(word, position, token_type, weight, bias):
         y: Tensor = torch.ops.bert_fast.embedding(*tables, weight, bias, eps, *extras)[0]
         return y

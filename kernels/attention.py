@@ -448,7 +448,7 @@ def _attention_grad_bias_kernel(
         num_keys = tl.load(entry_ptr + 2)
         first_query = tl.load(entry_ptr + 3) + (entry % SUBTILES) * BLOCK
         first_key = first_query + first_distance
-        if first_query < num_rows and first_key < num_keys and first_key + 2 * BLOCK > 0:
+        if num_keys > 0 and first_query < num_rows and first_key < num_keys and first_key + 2 * BLOCK > 0:
             query = _load_rows(
                 q_ptr + sequence_start * q_stride + head_offs,
                 q_stride, first_query, num_rows, BLOCK, HEAD_SIZE, BLOCK_D, IS_TAIL=True,

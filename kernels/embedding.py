@@ -186,5 +186,4 @@ def embedding_backward(
             *tables.entries, stream, _random.threshold(dropout_p), _random.scale(dropout_p), rows, width,
             HAS_TYPES=tables.token_types is not None, HAS_DROPOUT=dropout_p > 0, BLOCK=sizes.columns, **sizes.options,
         )  # fmt: skip
-    grad_weight, grad_bias = parts.sum(1)
-    return grad_sum, grad_weight, grad_bias
+    return grad_sum, parts[0].sum(0), parts[1].sum(0)

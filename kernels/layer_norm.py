@@ -247,5 +247,5 @@ def layer_norm_backward(
             grad_x, grad_residual, parts[0], parts[1], parts[2] if sums == 3 else None,
             *addend.numbers, rows, width, **addend.flags, BLOCK=sizes.columns, **sizes.options,
         )  # fmt: skip
-    totals = parts.sum(1)
+    totals = [part.sum(0) for part in parts]  # each on its own: results of an operator must not share memory
     return Gradients(grad_x, grad_residual, totals[0], totals[1], totals[2] if sums == 3 else None)

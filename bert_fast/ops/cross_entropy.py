@@ -66,14 +66,13 @@ def _cross_entropy(logits: Tensor, targets: Tensor, has_gradient: bool) -> Tenso
         from ..kernels import cross_entropy
 
         with device_of(logits):
-            return cross_entropy.cross_entropy(logits, targets, has_gradient)
+            return cross_entropy.cross_entropy(logits, targets.contiguous(), has_gradient)
     is_counted = targets >= 0
     safe = targets.clamp(min=0)[:, None]
-    values = logits.float()
-    log_sum_exp = values.logsumexp(1, keepdim=True)
-    losses = torch.where(is_counted, (log_sum_exp - values.gather(1, safe))[:, 0], 0.0)
+    log_probs = logits.log_softmax(1, dtype=torch.float32)
+    losses = torch.where(is_counted, -log_probs.gather(1, safe)[:, 0], 0.0)
     if has_gradient:
-        gradient = values.sub_(log_sum_exp).exp_() if values is not logits else (values - log_sum_exp).exp_()
+        gradient = log_probs.exp_()
         gradient.scatter_add_(1, safe, gradient.new_full((1, 1), -1.0).expand(safe.shape))
         logits.copy_(gradient.mul_(is_counted[:, None]))
     return losses

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._path import define, device_of, differentiate, kernel_path
+from ._path import define, device_of, differentiate, kernel_path, optional_contiguous
 from .layer_norm import feature
 
 
@@ -45,12 +45,16 @@ def launch_embedding(
     from ..kernels import embedding
 
     with device_of(word):
-        tables = embedding.Tables(
-            word.contiguous(), position.contiguous(), token_type.contiguous(), ids, positions, token_types
-        )
+        tables = _tables(word, position, token_type, ids, positions, token_types)
         return embedding.embedding(
             tables, weight.contiguous(), bias.contiguous(), eps, seed, stream, dropout_p, has_statistics
         )
+
+
+def _tables(*tensors: Tensor | None) -> Any:
+    from ..kernels.embedding import Tables
+
+    return Tables(*(optional_contiguous(x) for x in tensors))  # type: ignore[arg-type]
 
 
 def launch_embedding_backward(
@@ -74,9 +78,7 @@ def launch_embedding_backward(
     from ..kernels import embedding
 
     with device_of(word):
-        tables = embedding.Tables(
-            word.contiguous(), position.contiguous(), token_type.contiguous(), ids, positions, token_types
-        )
+        tables = _tables(word, position, token_type, ids, positions, token_types)
         grad_sum, grad_weight, grad_bias = embedding.embedding_backward(
             grad_y.contiguous(), tables, weight.contiguous(), mean, rstd, seed, stream, dropout_p
         )
@@ -90,7 +92,9 @@ def launch_embedding_backward(
 
 
 def _table_gradient(grad: Tensor, indices: Tensor, table: Tensor, padding_idx: int) -> Tensor:
-    result: Tensor = torch.ops.aten.embedding_dense_backward(grad, indices, table.shape[0], padding_idx, False)
+    # An index outside its table has made its row NaN; here it would be written to as it is.
+    inside = indices.clamp(0, table.shape[0] - 1)
+    result: Tensor = torch.ops.aten.embedding_dense_backward(grad, inside, table.shape[0], padding_idx, False)
     return result
 
 
