@@ -7,14 +7,21 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/cpu/
 RESULTS ?= benchmarks/results/cpu.json
 OUT ?= build/gpu
 MINUTES ?= 8.5
+TRITON ?= 3.6.0
 
-.PHONY: demo test bench gpu gpu-dry lint clean
+.PHONY: demo test kernels bench gpu gpu-dry lint clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/bert-fast demo
 
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -m "not gpu"
+
+# Compiles every kernel for every target with another release of Triton than `make test` does.
+kernels: $(VENV)/test.stamp
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+		--target $(VENV)/triton-$(TRITON) triton==$(TRITON)
+	PYTHONPATH=$(CURDIR)/$(VENV)/triton-$(TRITON) $(BIN)/python -m pytest -s tests/test_compile.py
 
 # Measures on this machine; RESULTS=... keeps the figures elsewhere.
 bench: $(VENV)/bench.stamp

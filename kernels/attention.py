@@ -46,15 +46,14 @@ def backward_launch(
     """Rows are what the program owns (keys for dK and dV, queries for dQ), columns what it walks over."""
     if not is_half(dtype):
         # dQ holds whole rows of Q, K, V and dO as operands: at 128 columns only eight warps have the registers.
-        return Launch(32, 16, 4, 1) if head_size <= 64 else Launch(16, 16, 8, 1)
-    if max_seqlen <= SHORT:
-        return Launch(64, 32, 4, 1)  # two blocks at most: more programs at a time hide more than a pipeline would
-    if head_size <= 64:
-        # dK and dV: two programs fill a multiprocessor. 64 columns spill on gfx942, dropout at 128 rows everywhere.
-        if has_bias:
-            return Launch(64, 32, 4, 1)  # on sm_100 a pipeline spills
-        return Launch(64, 32, 4, 2) if has_dropout else Launch(128, 32, 4, 2)
-    return Launch(64, 32, 4, 1)  # dK and dV are twice as wide: half the rows; on gfx942 a pipeline spills
+        if head_size > 64:
+            return Launch(16, 16, 8, 1)
+        return Launch(16, 16, 4, 1) if has_bias else Launch(32, 16, 4, 1)
+    # 128 rows, or 64 columns, spill in one release of Triton or another; these leave room for three programs of dK and
+    # dV on a multiprocessor, which hide what a pipeline would. Where registers are short, a pipeline spills, too: with
+    # dropout or bias on sm_100, at 128 columns on gfx942. Rows of two blocks at most have nothing to pipeline.
+    is_pipelined = head_size <= 64 and max_seqlen > SHORT and not (has_dropout or has_bias)
+    return Launch(64, 32, 4, 2 if is_pipelined else 1)
 
 
 def splits_tail(dtype: torch.dtype, head_size: int) -> bool:
@@ -65,7 +64,7 @@ def splits_tail(dtype: torch.dtype, head_size: int) -> bool:
 def bias_launch(dtype: torch.dtype, head_size: int) -> Launch:
     """Rows are both the queries of a step and the relative positions that a program owns."""
     if not is_half(dtype):
-        return Launch(16, 32, 4, 1)
+        return Launch(16, 32, 2, 1)
     return Launch(32, 64, 4, 1) if head_size <= 64 else Launch(32, 64, 8, 1)
 
 

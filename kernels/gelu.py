@@ -15,6 +15,9 @@ from ._launch import Launch, ceil_div
 # 4,096 elements a program, eight 16-byte loads a lane in 16 bits: enough in flight to reach the memory's speed.
 LAUNCH = Launch(rows=4, columns=1024, num_warps=4, num_stages=1)
 
+# Two tensors to read, and more to compute: at four rows float32 spills.
+BACKWARD_LAUNCH = Launch(rows=2, columns=1024, num_warps=4, num_stages=1)
+
 # Programs along the rows in the backward pass, and so rows of the partial sums.
 BACKWARD_PROGRAMS = 256
 
@@ -102,13 +105,13 @@ def _gelu_grad_kernel(
         tl.store(grad_bias_ptr + tl.program_id(0).to(tl.int64) * width + column_idx, bias_sum, mask=column_mask)
 
 
-def _sizes(bias: torch.Tensor | None, approximate: str) -> dict[str, int]:
+def _sizes(launch: Launch, bias: torch.Tensor | None, approximate: str) -> dict[str, int]:
     return {
         "HAS_BIAS": bias is not None,
         "IS_TANH": approximate == "tanh",
-        "BLOCK_ROWS": LAUNCH.rows,
-        "BLOCK_COLUMNS": LAUNCH.columns,
-        **LAUNCH.options,
+        "BLOCK_ROWS": launch.rows,
+        "BLOCK_COLUMNS": launch.columns,
+        **launch.options,
     }
 
 
@@ -127,7 +130,7 @@ def gelu(x: torch.Tensor, bias: torch.Tensor | None, approximate: str) -> torch.
     y = torch.empty_like(x)
     if rows > 0:
         grid = (ceil_div(rows, LAUNCH.rows), ceil_div(width, LAUNCH.columns))
-        _gelu_kernel[grid](x, bias, y, rows, width, **_sizes(bias, approximate))
+        _gelu_kernel[grid](x, bias, y, rows, width, **_sizes(LAUNCH, bias, approximate))
     return y
 
 
@@ -137,11 +140,13 @@ def gelu_backward(
     """grad_x (rows, width) in x's dtype and grad_bias (width,) float32, or None without a bias."""
     rows, width = x.shape
     grad_x = torch.empty_like(x)
-    programs = min(BACKWARD_PROGRAMS, ceil_div(rows, LAUNCH.rows))
+    programs = min(BACKWARD_PROGRAMS, ceil_div(rows, BACKWARD_LAUNCH.rows))
     partial_sums = None
     if bias is not None:
         partial_sums = torch.empty((programs, width), dtype=torch.float32, device=x.device)
     if rows > 0:
-        grid = (programs, ceil_div(width, LAUNCH.columns))
-        _gelu_grad_kernel[grid](grad_y, x, bias, grad_x, partial_sums, rows, width, **_sizes(bias, approximate))
+        grid = (programs, ceil_div(width, BACKWARD_LAUNCH.columns))
+        _gelu_grad_kernel[grid](
+            grad_y, x, bias, grad_x, partial_sums, rows, width, **_sizes(BACKWARD_LAUNCH, bias, approximate)
+        )
     return grad_x, None if partial_sums is None else partial_sums.sum(0)

@@ -147,7 +147,7 @@ def launched_with(config: Config, numbers: Numbers) -> Iterator[None]:
         "layer_norm": {"launch": lambda *_: launch},
         "layer_norm-backward": {"launch": lambda *_: launch},
         "gelu": {"LAUNCH": launch},
-        "gelu-backward": {"LAUNCH": launch},
+        "gelu-backward": {"BACKWARD_LAUNCH": launch},
     }
     change = dict(changes[config.kernel])
     if len(numbers) > 4:
