@@ -31,7 +31,7 @@ def draw_seed(device: torch.device) -> Tensor:
     It is a tensor, so a CUDA graph draws a new one at every replay, and activation checkpointing, which restores the
     generator, draws the old one again. One seed serves many places, told apart by `stream`.
     """
-    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+    return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
 def _check_dropout(dropout_p: float) -> None:

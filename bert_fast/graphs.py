@@ -41,6 +41,7 @@ class Key(NamedTuple):
     has_token_types: bool
     settings: tuple[Any, ...]
     parameters: tuple[int, ...]
+    structure: tuple[Any, ...]
 
 
 class Graph(NamedTuple):
@@ -98,7 +99,14 @@ class GraphRunner:
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def run(self, encode: Encode, batch: PackedBatch, device: torch.device, parameters: Iterable[Tensor]) -> Tensor:
+    def run(
+        self,
+        encode: Encode,
+        batch: PackedBatch,
+        device: torch.device,
+        parameters: Iterable[Tensor],
+        structure: Iterable[Any],
+    ) -> Tensor:
         """encode(batch), by a replay.
 
         Args:
@@ -106,6 +114,7 @@ class GraphRunner:
             batch: on the CPU, with ids, of 1 to max_tokens tokens.
             device: where the encoder is.
             parameters: what encode reads; where one of them has moved, a new graph is made.
+            structure: what else decides which work encode does: modules, numbers; where one of them is another, too.
 
         Returns:
             (tokens, hidden_size), a part of memory that the next replay overwrites.
@@ -119,6 +128,7 @@ class GraphRunner:
             batch.token_types is not None,
             (device, torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)),
             tuple(x.data_ptr() for x in parameters),
+            tuple(structure),
         )
         graph = self._graphs.get(key)
         if graph is None:

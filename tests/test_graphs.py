@@ -120,6 +120,16 @@ def test_weights_that_moved_need_another_graph(model: Any) -> None:
     assert len(model.bert_fast_graphs) == 2
 
 
+def test_another_structure_needs_another_graph(model: Any) -> None:
+    batch = batch_of(9, 4)
+    run(model, batch)
+    model.encoder.layer[0].intermediate.intermediate_act_fn = torch.nn.ReLU()
+    torch.testing.assert_close(run(model, batch)[0], without_graphs(model, batch)[0])
+    model.encoder.layer[0].output.LayerNorm.eps = 0.5
+    torch.testing.assert_close(run(model, batch)[0], without_graphs(model, batch)[0])
+    assert len(model.bert_fast_graphs) == 3
+
+
 def test_the_least_used_graph_goes(model: Any) -> None:
     model.bert_fast_graphs.max_graphs = 2
     for length in (5, 20, 5, 40, 5):

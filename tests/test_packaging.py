@@ -28,7 +28,7 @@ LAYERS = (
     {"ops", "reference"},
     {"functional"},
     {"masking"},
-    {"nn"},
+    {"nn", "graphs"},
     {"checkpoint"},
     {"encoder"},
     {"heads"},

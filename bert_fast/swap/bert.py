@@ -312,6 +312,16 @@ def _parameters(parts: Plan) -> Iterator[Tensor]:
                     yield from (x for x in owner._buffers.values() if x is not None)
 
 
+def _structure(parts: Plan) -> Iterator[Any]:
+    """What the encoder's work is made of, but for the contents of tensors."""
+    for part in (parts.embeddings, *parts.layers):
+        for item in part:
+            yield item
+            if isinstance(item, nn.Module):
+                yield item.training
+                yield getattr(item, "eps", None)
+
+
 def _runner(model: Any, call: Call) -> GraphRunner | None:
     """What replays the call, if that is wanted and its work is the same for every batch of a bucket."""
     runner: GraphRunner | None = model.__dict__.get("bert_fast_graphs")
@@ -332,7 +342,7 @@ def _replayed(model: Any, call: Call, parts: Plan, runner: GraphRunner) -> tuple
     if not 0 < batch.total_tokens <= runner.max_tokens:
         batch = batch.to(device)
         return batch, _encode(parts, batch)
-    hidden = runner.run(functools.partial(_encode, parts), batch, device, _parameters(parts))
+    hidden = runner.run(functools.partial(_encode, parts), batch, device, _parameters(parts), _structure(parts))
     if batch.indices is None:
         return batch, hidden.clone()  # the next replay writes there
     return replace(batch, indices=batch.indices.to(device, non_blocking=True)), hidden
