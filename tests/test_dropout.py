@@ -454,11 +454,12 @@ def test_rates_outside_0_and_1_are_refused(attention_place: Place, function: Fun
         function(x, dropout_p=rate)
 
 
-def test_drawn_seeds_differ_and_fill_64_bits() -> None:
+def test_drawn_seeds_differ_and_fill_63_bits() -> None:
     seeds = torch.cat([functional.draw_seed(torch.device("cpu")) for _ in range(200)])
     assert seeds.dtype == torch.int64
     assert len(seeds.unique()) == 200
-    for bit in range(64):
+    assert bool((seeds >= 0).all())  # a difference of bounds that fits 64 bits is what compilers take
+    for bit in range(63):
         ones = (seeds >> bit & 1).sum()
         assert 50 < ones < 150, f"bit {bit} is set in {ones} of 200"
 
