@@ -47,6 +47,7 @@ setup(
                 "csrc/cpu/gelu.inl",
                 "csrc/cpu/layer_norm.inl",
                 "csrc/cpu/masking.inl",
+                "csrc/cpu/philox.inl",
                 "csrc/cpu/instantiate.inl",
             ],
             cxx_std=17,

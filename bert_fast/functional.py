@@ -74,7 +74,7 @@ def attention(
         max_seqlen: tokens of the longest sequence.
         tiles: (tiles, 4) int32 on q's device, as PackedBatch.tiles; None: made from cu_seqlens, which asks its device.
         scale: factor of the scores; None: 1 / sqrt(head_size).
-        dropout_p: dropout rate of the probabilities, in [0, 1). The C++ kernel has none: there the path is torch.
+        dropout_p: dropout rate of the probabilities, in [0, 1).
         seed: (1,) int64 on q's device, from draw_seed; None: drawn. The torch path draws from torch's generator.
         stream: number of the place, so that one seed serves many.
         bias: (heads, 2 * reach + 1), reach at least max_seqlen - 1: rows i and j of a sequence get column
@@ -116,7 +116,7 @@ def attention(
         tiles = make_tiles(cu_seqlens).to(q.device)
     scale = q.shape[2] ** -0.5 if scale is None else scale
     path = ops.choose("attention", q.device.type, q.dtype, q.shape[2]).path
-    if path == "torch" or (path == "cpp" and (dropout_p > 0.0 or bias is not None)):
+    if path == "torch" or (path == "cpp" and bias is not None):
         return _torch_attention(q, k, v, cu_seqlens, tiles, max_seqlen, scale, dropout_p, bias)
     seed = _seed(seed, dropout_p, q.device)
     if _needs_dispatcher(q, k, v, bias):

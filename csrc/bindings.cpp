@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cmath>
 #include <initializer_list>
 #include <optional>
 #include <stdexcept>
@@ -261,12 +262,22 @@ cpu::Rows heads_output(py::array& array, const char* name, int64_t tokens, int64
     return {static_cast<float*>(array.mutable_data()), rows.stride};
 }
 
-cpu::AttentionShape attention_shape(const py::array& q, const py::array& tiles, int64_t tile_size, float scale) {
+// kernels/_random.py has the same rounding: to the nearest 2^-16, halves to even, below 1.
+cpu::Dropout make_dropout(int64_t seed, int64_t stream, double rate) {
+    constexpr double kNumbers = 65536.0;
+    if (!(rate >= 0.0 && rate < 1.0)) fail("dropout_p is " + std::to_string(rate) + "; it must lie in [0, 1)");
+    const double threshold = std::min(std::nearbyint(rate * kNumbers), kNumbers - 1.0);
+    return {static_cast<uint64_t>(seed) ^ (static_cast<uint64_t>(stream) << 32), static_cast<uint32_t>(threshold),
+            static_cast<float>(kNumbers / (kNumbers - threshold))};
+}
+
+cpu::AttentionShape attention_shape(const py::array& q, const py::array& tiles, int64_t tile_size, float scale,
+                                    const cpu::Dropout& dropout) {
     check_rank(q, "q", 3);
     check_rank(tiles, "tiles", 2);
     check_tile_size(tile_size);
     const auto* list = reinterpret_cast<const Tile*>(input<int32_t>(tiles, "tiles", {tiles.shape(0), 4}));
-    const cpu::AttentionShape shape{list, tiles.shape(0), tile_size, q.shape(0), q.shape(1), q.shape(2), scale};
+    const cpu::AttentionShape shape{list, tiles.shape(0), tile_size, q.shape(0), q.shape(1), q.shape(2), scale, dropout};
     int64_t covered = 0;
     for (int64_t i = 0; i < shape.num_tiles; ++i) {
         const Tile& tile = list[i];
@@ -287,8 +298,10 @@ cpu::AttentionShape attention_shape(const py::array& q, const py::array& tiles, 
 }
 
 void attention(const py::array& q, const py::array& k, const py::array& v, const py::array& tiles, int64_t tile_size,
-               float scale, py::array& out, py::array& log_sum_exp, int threads) {
-    const cpu::AttentionShape shape = attention_shape(q, tiles, tile_size, scale);
+               float scale, int64_t seed, int64_t stream, double dropout_p, py::array& out, py::array& log_sum_exp,
+               int threads) {
+    const cpu::AttentionShape shape =
+        attention_shape(q, tiles, tile_size, scale, make_dropout(seed, stream, dropout_p));
     const auto view = [&](const py::array& a, const char* name) {
         return heads_view(a, name, shape.tokens, shape.heads, shape.head_size);
     };
@@ -302,8 +315,10 @@ void attention(const py::array& q, const py::array& k, const py::array& v, const
 
 void attention_backward(const py::array& grad_out, const py::array& q, const py::array& k, const py::array& v,
                         const py::array& out, const py::array& log_sum_exp, const py::array& tiles, int64_t tile_size,
-                        float scale, py::array& grad_q, py::array& grad_k, py::array& grad_v, int threads) {
-    const cpu::AttentionShape shape = attention_shape(q, tiles, tile_size, scale);
+                        float scale, int64_t seed, int64_t stream, double dropout_p, py::array& grad_q,
+                        py::array& grad_k, py::array& grad_v, int threads) {
+    const cpu::AttentionShape shape =
+        attention_shape(q, tiles, tile_size, scale, make_dropout(seed, stream, dropout_p));
     const auto view = [&](const py::array& a, const char* name) {
         return heads_view(a, name, shape.tokens, shape.heads, shape.head_size);
     };
@@ -420,10 +435,11 @@ PYBIND11_MODULE(_C, module) {
                py::arg("mask_id"), py::arg("vocab_size"), py::arg("max_span"), py::arg("seed"), py::arg("first_row"),
                py::arg("threads"));
     module.def("attention", &attention, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("tiles"),
-               py::arg("tile_size"), py::arg("scale"), py::arg("out"), py::arg("log_sum_exp"), py::arg("threads"));
+               py::arg("tile_size"), py::arg("scale"), py::arg("seed"), py::arg("stream"), py::arg("dropout_p"),
+               py::arg("out"), py::arg("log_sum_exp"), py::arg("threads"));
     module.def("attention_backward", &attention_backward, py::arg("grad_out"), py::arg("q"), py::arg("k"), py::arg("v"),
                py::arg("out"), py::arg("log_sum_exp"), py::arg("tiles"), py::arg("tile_size"), py::arg("scale"),
-               py::arg("grad_q"), py::arg("grad_k"), py::arg("grad_v"), py::arg("threads"));
+               py::arg("seed"), py::arg("stream"), py::arg("dropout_p"), py::arg("grad_q"), py::arg("grad_k"), py::arg("grad_v"), py::arg("threads"));
     module.def("layer_norm", &layer_norm, py::arg("x"), py::arg("residual"), py::arg("weight"), py::arg("bias"),
                py::arg("eps"), py::arg("y"), py::arg("mean"), py::arg("rstd"), py::arg("threads"));
     module.def("layer_norm_backward", &layer_norm_backward, py::arg("grad_y"), py::arg("x"),

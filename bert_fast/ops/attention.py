@@ -46,7 +46,7 @@ def launch_attention(
         tiles: (tiles, 4) int32 on q's device, from bert_fast.masking.
         max_seqlen: rows of the longest sequence.
         scale: factor of the scores.
-        seed, stream, dropout_p: dropout of the probabilities; see functional.draw_seed. Triton only.
+        seed, stream, dropout_p: dropout of the probabilities; see functional.draw_seed.
         bias: (heads, 2 * reach + 1), added to the score of rows i and j at column j - i + reach. Triton only.
 
     Returns:
@@ -59,10 +59,13 @@ def launch_attention(
         with device_of(q):
             extras = attention.Extras(seed, stream, dropout_p, None if bias is None else bias.contiguous())
             return attention.attention(q, k, v, tiles, max_seqlen, scale, extras)
-    _refuse_extras(dropout_p, bias)
+    _refuse_bias(bias)
     out = torch.empty(q.shape)
     lse = torch.empty(q.shape[1], q.shape[0])
-    _C.attention(array(q), array(k), array(v), array(tiles), TILE_SIZE, scale, array(out), array(lse), threads())
+    _C.attention(
+        array(q), array(k), array(v), array(tiles), TILE_SIZE, scale, *_dropout(seed, stream, dropout_p), array(out),
+        array(lse), threads(),
+    )  # fmt: skip
     return out, lse
 
 
@@ -92,18 +95,22 @@ def launch_attention_backward(
             return attention.attention_backward(
                 grad_out, q, k, v, out, lse, tiles, max_seqlen, scale, extras, wants_grad_bias=wants_grad_bias
             )
-    _refuse_extras(dropout_p, bias)
+    _refuse_bias(bias)
     grad_q, grad_k, grad_v = torch.empty(q.shape), torch.empty(k.shape), torch.empty(v.shape)
     _C.attention_backward(
         array(grad_out), array(q), array(k), array(v), array(out), array(lse), array(tiles), TILE_SIZE, scale,
-        array(grad_q), array(grad_k), array(grad_v), threads(),
+        *_dropout(seed, stream, dropout_p), array(grad_q), array(grad_k), array(grad_v), threads(),
     )  # fmt: skip
     return grad_q, grad_k, grad_v, None
 
 
-def _refuse_extras(dropout_p: float, bias: Tensor | None) -> None:
-    if dropout_p > 0 or bias is not None:
-        raise NotImplementedError("bert_fast::attention has neither dropout nor bias in C++")
+def _dropout(seed: Tensor | None, stream: int, dropout_p: float) -> tuple[int, int, float]:
+    return (0, 0, 0.0) if seed is None else (int(seed), stream, dropout_p)
+
+
+def _refuse_bias(bias: Tensor | None) -> None:
+    if bias is not None:
+        raise NotImplementedError("bert_fast::attention has no bias in C++")
 
 
 def _attention_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

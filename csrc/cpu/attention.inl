@@ -138,11 +138,13 @@ inline void attention_tile(const AttentionShape& shape, const Tile& tile, int64_
     }
     const int64_t padded_keys = round_up(keys, kColumnBlock);
     const int64_t padded_size = round_up(size, kColumnBlock);
-    scratch.reset(size * padded_keys + keys * padded_size + kRowBlock * (padded_keys + padded_size));
+    const int64_t factor_count = shape.dropout.is_on() ? round_up(keys, 4 * kStep) : 0;
+    scratch.reset(size * padded_keys + keys * padded_size + kRowBlock * (padded_keys + padded_size) + factor_count);
     float* k_transposed = scratch.take(size * padded_keys);
     float* v_padded = scratch.take(keys * padded_size);
     float* scores = scratch.take(kRowBlock * padded_keys);
     float* result = scratch.take(kRowBlock * padded_size);
+    float* factors = scratch.take(factor_count);
     transpose_padded(k.row(tile.sequence_start) + offset, k.stride, keys, size, padded_keys, k_transposed);
     copy_padded(v.row(tile.sequence_start) + offset, v.stride, keys, size, padded_size, v_padded);
 
@@ -150,8 +152,14 @@ inline void attention_tile(const AttentionShape& shape, const Tile& tile, int64_
         const int64_t count = std::min(kRowBlock, queries - row);
         multiply(q.row(first + row) + offset, q.stride, 1, k_transposed, padded_keys, count, size, padded_keys, scores,
                  padded_keys, false);
-        for (int64_t i = 0; i < count; ++i)
-            lse[row + i] = softmax_row(scores + i * padded_keys, keys, padded_keys, shape.scale);
+        for (int64_t i = 0; i < count; ++i) {
+            float* probabilities = scores + i * padded_keys;
+            lse[row + i] = softmax_row(probabilities, keys, padded_keys, shape.scale);
+            if (!shape.dropout.is_on()) continue;
+            dropout_factors(shape.dropout, tile.sequence_start, head, tile.first_row + row + i, keys, factors);
+#pragma omp simd
+            for (int64_t j = 0; j < keys; ++j) probabilities[j] *= factors[j];
+        }
         multiply(scores, padded_keys, 1, v_padded, padded_size, count, keys, padded_size, result, padded_size, false);
         for (int64_t i = 0; i < count; ++i)
             std::memcpy(out.row(first + row + i) + offset, result + i * padded_size, size * sizeof(float));
@@ -182,7 +190,9 @@ inline void attention_grad_sequence(const AttentionShape& shape, const Tile& til
     const int64_t padded_keys = round_up(keys, kColumnBlock);
     const int64_t padded_size = round_up(size, kColumnBlock);
     const float* lse = log_sum_exp + head * shape.tokens + start;
-    scratch.reset(2 * size * padded_keys + 3 * keys * padded_size + kRowBlock * (2 * padded_keys + 3 * padded_size));
+    const int64_t factor_count = shape.dropout.is_on() ? round_up(keys, 4 * kStep) : 0;
+    scratch.reset(2 * size * padded_keys + 3 * keys * padded_size + kRowBlock * (2 * padded_keys + 3 * padded_size) +
+                  factor_count);
     float* k_transposed = scratch.take(size * padded_keys);
     float* v_transposed = scratch.take(size * padded_keys);
     float* k_padded = scratch.take(keys * padded_size);
@@ -193,6 +203,7 @@ inline void attention_grad_sequence(const AttentionShape& shape, const Tile& til
     float* q_block = scratch.take(kRowBlock * padded_size);
     float* grad_out_block = scratch.take(kRowBlock * padded_size);
     float* grad_q = scratch.take(kRowBlock * padded_size);
+    float* factors = scratch.take(factor_count);
     transpose_padded(k.row(start) + offset, k.stride, keys, size, padded_keys, k_transposed);
     transpose_padded(v.row(start) + offset, v.stride, keys, size, padded_keys, v_transposed);
     copy_padded(k.row(start) + offset, k.stride, keys, size, padded_size, k_padded);
@@ -220,10 +231,20 @@ inline void attention_grad_sequence(const AttentionShape& shape, const Tile& til
             float* p = probabilities + i * padded_keys;
             float* ds = grad_scores + i * padded_keys;
             const float log_sum = lse[row + i];
+            if (shape.dropout.is_on()) {
+                dropout_factors(shape.dropout, start, head, row + i, keys, factors);
 #pragma omp simd
-            for (int64_t j = 0; j < keys; ++j) {
-                p[j] = exp_f32(p[j] * shape.scale - log_sum);
-                ds[j] = p[j] * (ds[j] - delta) * shape.scale;
+                for (int64_t j = 0; j < keys; ++j) {
+                    const float probability = exp_f32(p[j] * shape.scale - log_sum);
+                    p[j] = probability * factors[j];
+                    ds[j] = probability * (ds[j] * factors[j] - delta) * shape.scale;
+                }
+            } else {
+#pragma omp simd
+                for (int64_t j = 0; j < keys; ++j) {
+                    p[j] = exp_f32(p[j] * shape.scale - log_sum);
+                    ds[j] = p[j] * (ds[j] - delta) * shape.scale;
+                }
             }
             std::fill(p + keys, p + padded_keys, 0.0f);
             std::fill(ds + keys, ds + padded_keys, 0.0f);

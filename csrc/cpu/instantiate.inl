@@ -1,5 +1,6 @@
 // Included once per instruction set, after the standard headers and the target pragma.
 #include "common.inl"
+#include "philox.inl"
 #include "attention.inl"
 #include "gelu.inl"
 #include "layer_norm.inl"

@@ -22,6 +22,17 @@ struct ConstRows {
     const float* row(int64_t index) const { return data + index * stride; }
 };
 
+// Dropout of attention's probabilities, drawn as kernels/_random.py says.
+struct Dropout {
+    static constexpr int kRounds = 7;
+
+    uint64_t key = 0;        // the seed, with the stream's number in its upper half
+    uint32_t threshold = 0;  // of 2^16: a number below it drops; 0 means no dropout
+    float scale = 1.0f;      // of what is kept
+
+    bool is_on() const { return threshold > 0; }
+};
+
 // Scaled dot-product attention within each sequence, no mask but the number of keys (Vaswani et al. 2017, equation 1).
 // q, k, v, out and their gradients are (tokens, heads * head_size); log_sum_exp is (heads, tokens), natural logarithm,
 // -inf where a query has no key; such a query's output is zero.
@@ -33,6 +44,7 @@ struct AttentionShape {
     int64_t heads;
     int64_t head_size;
     float scale;
+    Dropout dropout;
 };
 
 struct AttentionGradients {

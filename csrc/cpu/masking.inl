@@ -82,54 +82,6 @@ bool copy_ids(const int64_t* ids, int64_t count, int64_t limit, int64_t* masked_
     return largest < static_cast<uint64_t>(limit);
 }
 
-// Philox on one counter per 64-bit lane. The products need only the lower halves, so the upper ones may hold anything.
-constexpr int kCounters = kLanes / 2;
-typedef uint64_t Wide __attribute__((vector_size(kCounters * sizeof(uint64_t))));
-
-BERT_FAST_INLINE Wide multiply_lower(Wide a, uint32_t b) {
-    const Wide factor = Wide{} + b;
-#if BERT_FAST_LANES == 16
-    return (Wide)_mm512_mul_epu32((__m512i)a, (__m512i)factor);
-#elif BERT_FAST_LANES == 8
-    return (Wide)_mm256_mul_epu32((__m256i)a, (__m256i)factor);
-#elif defined(__SSE2__)
-    return (Wide)_mm_mul_epu32((__m128i)a, (__m128i)factor);
-#else
-    return (a & 0xFFFFFFFFu) * factor;
-#endif
-}
-
-template <int kVectors>
-BERT_FAST_INLINE void philox(uint64_t seed, Wide (&c0)[kVectors], Wide (&c1)[kVectors], Wide (&c2)[kVectors],
-                             Wide (&c3)[kVectors]) {
-    uint32_t key0 = static_cast<uint32_t>(seed);
-    uint32_t key1 = static_cast<uint32_t>(seed >> 32);
-#pragma GCC unroll 10
-    for (int round = 0; round < Philox::kRounds; ++round) {
-#pragma GCC unroll 8
-        for (int i = 0; i < kVectors; ++i) {
-            const Wide product0 = multiply_lower(c0[i], Philox::kMultiplier0);
-            const Wide product1 = multiply_lower(c2[i], Philox::kMultiplier1);
-            c0[i] = (product1 >> 32) ^ c1[i] ^ (Wide{} + key0);
-            c1[i] = product1;
-            c2[i] = (product0 >> 32) ^ c3[i] ^ (Wide{} + key1);
-            c3[i] = product0;
-        }
-        key0 += Philox::kWeyl0;
-        key1 += Philox::kWeyl1;
-    }
-}
-
-// Counters at once: enough that the rounds of one vector hide behind another's.
-constexpr int kVectors = 4;
-constexpr int kStep = kVectors * kCounters;
-
-BERT_FAST_INLINE void store_lower(const Wide& words, uint32_t* to) {
-    typedef uint32_t Narrow __attribute__((vector_size(kCounters * sizeof(uint32_t))));
-    const Narrow lower = __builtin_convertvector(words, Narrow);
-    std::memcpy(to, &lower, sizeof(Narrow));
-}
-
 // One bit for each of 16 words that is at most `last`.
 BERT_FAST_INLINE uint32_t bits_at_most(const uint32_t* words, uint32_t last) {
 #if BERT_FAST_LANES == 16
@@ -166,7 +118,7 @@ void select_columns(uint64_t seed, uint64_t row, int64_t columns, uint32_t last,
                 c[2][i] = Wide{} + (row >> 32);
                 c[3][i] = Wide{} + uint64_t{kSelectPurpose};
             }
-            philox(seed, c[0], c[1], c[2], c[3]);
+            philox<Philox::kRounds>(seed, c[0], c[1], c[2], c[3]);
             for (int word = 0; word < 4; ++word)
                 for (int i = 0; i < kVectors; ++i) store_lower(c[word][i], &words[word][start + i * kCounters]);
         }
@@ -196,7 +148,7 @@ void draw_replacements(uint64_t seed, uint64_t first_row, const uint32_t* column
             c[2][i] = c[1][i] >> 32;
             c[3][i] = Wide{} + uint64_t{kReplacePurpose};
         }
-        philox(seed, c[0], c[1], c[2], c[3]);
+        philox<Philox::kRounds>(seed, c[0], c[1], c[2], c[3]);
         uint32_t action[kStep];
         uint32_t id[kStep];
         for (int i = 0; i < kVectors; ++i) {
