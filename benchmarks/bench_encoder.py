@@ -78,8 +78,9 @@ def test_encoder(benchmark: Any, device: str, lengths: Tensor, size: int) -> Non
         compare(benchmark, encode(swapped), peers, device=device, rounds=rounds, facts=facts)
 
 
-def test_training_step(benchmark: Any, device: str) -> None:
-    """Forward and backward of a classifier on one ragged batch, dropout off on both sides."""
+@pytest.mark.parametrize("is_training", [False, True], ids=["no dropout", "dropout"])
+def test_training_step(benchmark: Any, device: str, is_training: bool) -> None:
+    """Forward and backward of a classifier on one ragged batch; compared first without dropout, which differs."""
     transformers = pytest.importorskip("transformers")
     with models.quiet():
         pair = [
@@ -103,4 +104,6 @@ def test_training_step(benchmark: Any, device: str) -> None:
         return run
 
     torch.testing.assert_close(step(original)(), step(swapped)())
+    for model in (original, swapped):
+        model.train(is_training)
     compare(benchmark, step(swapped), {"transformers SDPA": step(original)}, device=device, rounds=7)
