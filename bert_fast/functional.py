@@ -334,7 +334,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, targets
         x: (rows, width).
         weight: (classes, width).
         bias: (classes,) or None.
-        targets: (rows,) int64 in [0, classes); IGNORED, or any negative number, for rows that do not count.
+        targets: (rows,) int64 in [0, classes); IGNORED, or any negative number, for rows that do not count. One beyond
+            the classes gives NaN on a GPU, elsewhere an error of torch's.
 
     Returns:
         (), float32; 0 where no row counts. Under autocast the products are of its dtype.

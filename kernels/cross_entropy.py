@@ -1,7 +1,8 @@
 """Cross-entropy of rows of logits and its gradient, which takes the logits' place.
 
-Supported: float32, float16, bfloat16 logits (rows, classes) with any distance between rows; targets below 0 are
-ignored. One program owns a row: one pass finds the maximum and the sum, the next writes the gradient.
+Supported: float32, float16, bfloat16 logits (rows, classes) with any distance between rows. A row whose target is below
+0 is ignored; one beyond the classes has a loss of NaN, since nothing can raise there without waiting. One program owns
+a row: one pass finds the maximum and the sum, the next writes the gradient.
 
 Source: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018).
 """
@@ -37,7 +38,8 @@ def _cross_entropy_kernel(
         running_max = new_max
     row_max = tl.max(running_max, 0)
     row_sum = tl.sum(running_sum * tl.exp(running_max - row_max), 0)
-    at_target = tl.load(row_ptr + target, mask=is_counted, other=0.0).to(tl.float32)
+    is_inside = is_counted & (target < classes)
+    at_target = tl.load(row_ptr + target, mask=is_inside, other=float("nan")).to(tl.float32)
     tl.store(losses_ptr + row, tl.where(is_counted, tl.log(row_sum) + row_max - at_target, 0.0))
     if HAS_GRADIENT:
         # The target's logit has been read before any program's lane overwrites it.

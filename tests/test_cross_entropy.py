@@ -380,3 +380,13 @@ def test_a_gradient_that_was_not_asked_for_is_refused() -> None:
     x = X.clone().requires_grad_()
     with pytest.raises(ValueError, match="has_gradient is False"):
         torch.ops.bert_fast.linear_cross_entropy(x, WEIGHT, None, TARGETS, False)
+
+
+def test_a_target_beyond_the_classes_shows(triton_place: Place) -> None:
+    x, weight = triton_place.put(draw(3, 5)), triton_place.put(draw(7, 5))
+    with triton_place.forced():
+        losses = [
+            functional.linear_cross_entropy(x, weight, None, torch.tensor([1, target, 2], device=triton_place.device))
+            for target in (6, 7, 2**40)
+        ]
+    assert [bool(loss.isnan()) for loss in losses] == [False, True, True]
