@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import _C
 from .functional import pad as _pad
-from .ops import TILE_SIZE, host_array, launch_unpad
+from .ops import TILE_SIZE, host_array, packing_arrays
 
 __all__ = ["Bins", "MaskedTokens", "PackedBatch", "make_tiles", "mask_tokens", "pack", "pad", "unpad"]
 
@@ -128,20 +128,20 @@ def unpad(
     if torch.compiler.is_compiling():
         batch = _traced(attention_mask, keep, keep_first, shape)
     else:
-        packing = launch_unpad(attention_mask, keep, keep_first)
-        # Nothing hidden: the padded rows are the packed rows. (Extra rows leave their place, so they count.)
-        is_whole = packing.indices.shape[0] == rows * columns and bool((packing.num_keys == columns).all())
+        indices, positions, cu_seqlens, num_keys, tiles, max_seqlen, is_whole, kept = packing_arrays(
+            attention_mask, keep, keep_first
+        )
         batch = PackedBatch(
             ids=None,
-            positions=packing.positions,
+            positions=torch.from_numpy(positions),
             token_types=None,
-            cu_seqlens=packing.cu_seqlens,
-            max_seqlen=packing.max_seqlen,
-            indices=None if is_whole else packing.indices,
-            tiles=packing.tiles,
-            num_keys=packing.num_keys,
+            cu_seqlens=torch.from_numpy(cu_seqlens),
+            max_seqlen=max_seqlen,
+            indices=None if is_whole else torch.from_numpy(indices),
+            tiles=torch.from_numpy(tiles),
+            num_keys=torch.from_numpy(num_keys),
             shape=shape,
-            kept=packing.kept,
+            kept=None if kept is None else torch.from_numpy(kept),
         )
     if place.type != "cpu":
         batch = batch.to(place)

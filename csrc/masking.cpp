@@ -41,20 +41,22 @@ struct RowCount {
 };
 
 // Allocates the outputs for these rows and finds where each row goes.
-Packing lay_out(std::vector<RowCount>& rows, int64_t tile_size) {
+Packing lay_out(std::vector<RowCount>& rows, int64_t columns, int64_t tile_size) {
     Packing packing;
     packing.cu_seqlens.resize(rows.size() + 1);
     packing.num_keys.resize(rows.size());
     int32_t total = 0;
-    int64_t num_tiles = 0;
+    uint32_t num_tiles = 0;
+    const auto size = static_cast<uint32_t>(std::min<int64_t>(tile_size, std::numeric_limits<int32_t>::max()));
     for (size_t row = 0; row < rows.size(); ++row) {
         const int32_t length = rows[row].keys + rows[row].extra;
         packing.cu_seqlens[row] = total;
         packing.num_keys[row] = rows[row].keys;
         rows[row].first_tile = num_tiles;
         total += length;
-        num_tiles += ceil_div(length, tile_size);
+        num_tiles += (static_cast<uint32_t>(length) + size - 1) / size;  // 64 bits take four times as long
         packing.max_seqlen = std::max(packing.max_seqlen, length);
+        packing.is_whole &= rows[row].keys == columns;
     }
     packing.cu_seqlens[rows.size()] = total;
     packing.indices = Buffer<int64_t>(total);
@@ -85,7 +87,7 @@ class Unpadding {
             }
 #pragma omp single
             try {
-                packing = lay_out(rows, tile_size_);
+                packing = lay_out(rows, mask_.columns, tile_size_);
             } catch (...) {
                 error = std::current_exception();
             }

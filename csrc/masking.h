@@ -43,6 +43,7 @@ struct Packing {
     std::vector<int32_t> num_keys;    // (rows)
     std::vector<Tile> tiles;
     int32_t max_seqlen = 0;
+    bool is_whole = true;  // every token is a key: the padded rows are the packed rows
 };
 
 // `keep` (rows, columns; may be null) marks tokens that are kept although the mask hides them from the others;

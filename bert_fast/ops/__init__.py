@@ -21,7 +21,7 @@ from .embedding import launch_embedding, launch_embedding_backward
 from .gelu import launch_gelu, launch_gelu_backward
 from .layer_norm import launch_layer_norm, launch_layer_norm_backward
 from .pad import launch_pad
-from .unpad import host_array, launch_unpad
+from .unpad import host_array, packing_arrays
 
 __all__ = [
     "MAX_HEAD_SIZE",
@@ -44,6 +44,6 @@ __all__ = [
     "launch_layer_norm_backward",
     "launch_linear_cross_entropy",
     "launch_pad",
-    "launch_unpad",
     "max_seqlen_bucket",
+    "packing_arrays",
 ]

@@ -5,7 +5,7 @@ Its results have sizes that depend on the mask, which the host must see; a mask 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor
 from .. import _C
 from ._path import define, threads
 from .attention import TILE_SIZE
+
+Array: TypeAlias = np.ndarray[Any, Any]
 
 # What the extension reads; everything else is compared with zero first.
 MASK_DTYPES = frozenset(
@@ -30,54 +32,46 @@ MASK_DTYPES = frozenset(
 )
 
 
-class Packing(NamedTuple):
-    """See masking.PackedBatch. On the CPU; kept has no elements without `keep`."""
+def packing_arrays(
+    mask: Tensor, keep: Tensor | None, keep_first: bool
+) -> tuple[Array, Array, Array, Array, Array, int, bool, Array | None]:
+    """The packing of a mask (batch, length) of any dtype; keep (batch, length) bool.
 
-    indices: Tensor
-    positions: Tensor
-    cu_seqlens: Tensor
-    num_keys: Tensor
-    tiles: Tensor
-    kept: Tensor | None
-    max_seqlen: int
-
-
-def launch_unpad(mask: Tensor, keep: Tensor | None, keep_first: bool) -> Packing:
-    """The packing of a mask (batch, length) of any dtype; keep (batch, length) bool."""
-    mask = mask.detach() if mask.requires_grad else mask
+    Returns:
+        indices, positions, cu_seqlens, num_keys, tiles and max_seqlen as masking.PackedBatch has them; whether every
+        token is a key, so that the padded rows are the packed rows; the rows that `keep` marks, None without it.
+    """
+    if mask.requires_grad:
+        mask = mask.detach()
     if mask.dtype not in MASK_DTYPES:
         mask = mask != 0 if mask.element_size() > 1 else mask.float() != 0
-    is_kept = None if keep is None else host_array(keep.detach().bool())
-    indices, positions, cu_seqlens, num_keys, tiles, max_seqlen = _C.unpad(
-        host_array(mask), is_kept, keep_first, TILE_SIZE, threads()
-    )
-    kept = None
-    if is_kept is not None:
-        kept = torch.from_numpy(np.flatnonzero(is_kept.reshape(-1)[indices]))
-    return Packing(
-        torch.from_numpy(indices),
-        torch.from_numpy(positions),
-        torch.from_numpy(cu_seqlens),
-        torch.from_numpy(num_keys),
-        torch.from_numpy(tiles),
-        kept,
-        max_seqlen,
-    )
+    if keep is None:
+        return (*_C.unpad(host_array(mask), None, keep_first, TILE_SIZE, threads()), None)
+    is_kept = host_array(keep.detach().bool())
+    found = _C.unpad(host_array(mask), is_kept, keep_first, TILE_SIZE, threads())
+    return (*found, np.flatnonzero(is_kept.reshape(-1)[found[0]]))
 
 
-def host_array(x: Tensor) -> np.ndarray[Any, Any]:
+def host_array(x: Tensor) -> Array:
     """x as a contiguous array on the host. Nothing is called that is not needed: unpad takes microseconds."""
     if not x.is_cpu:
         x = x.cpu()
-    return cast("np.ndarray[Any, Any]", x.numpy() if x.is_contiguous() else x.contiguous().numpy())
+    return cast("Array", x.numpy() if x.is_contiguous() else x.contiguous().numpy())
 
 
 def _unpad(
     mask: Tensor, keep: Tensor | None, keep_first: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    packing = launch_unpad(mask, keep, keep_first)
-    kept = torch.empty(0, dtype=torch.int64) if packing.kept is None else packing.kept
-    return packing.indices, packing.positions, packing.cu_seqlens, packing.num_keys, packing.tiles, kept
+    *arrays, _, _, kept = packing_arrays(mask, keep, keep_first)
+    indices, positions, cu_seqlens, num_keys, tiles = (torch.from_numpy(x) for x in arrays)
+    return (
+        indices,
+        positions,
+        cu_seqlens,
+        num_keys,
+        tiles,
+        torch.from_numpy(np.empty(0, np.int64) if kept is None else kept),
+    )
 
 
 def _shapes(
