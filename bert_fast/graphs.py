@@ -133,8 +133,9 @@ class GraphRunner:
         graph = self._graphs.get(key)
         if graph is None:
             graph = self._make(encode, batch, device, key)
-        self._graphs.move_to_end(key)
-        graph.numbers.copy_(_numbers(batch, key, device), non_blocking=True)
+        else:
+            self._graphs.move_to_end(key)
+            graph.numbers.copy_(_numbers(batch, key, device), non_blocking=True)
         graph.replay()
         return graph.out[: batch.total_tokens]
 
@@ -155,19 +156,23 @@ def _numbers(batch: PackedBatch, key: Key, device: torch.device) -> Tensor:
     Page-locked memory is new every time: its allocator hands none out that a copy still reads.
     """
     numbers = torch.zeros(3 * key.tokens + 4 * key.tiles, dtype=torch.int32, pin_memory=device.type == "cuda")
-    ids, positions, token_types, tiles = numbers.split([key.tokens, key.tokens, key.tokens, 4 * key.tiles])
+    ids, positions, token_types, tiles = _parts(numbers, key)
     tokens = batch.total_tokens
     assert batch.ids is not None
     ids[:tokens] = batch.ids
     positions[:tokens] = batch.positions
     if batch.token_types is not None:
         token_types[:tokens] = batch.token_types
-    rows = tiles.view(-1, 4)
-    own = batch.tiles.shape[0]
-    rows[:own] = batch.tiles
-    for row, tile in enumerate(_tail_tiles(tokens, key.tokens), own):
-        rows[row] = torch.tensor(tile)
+    tail = torch.tensor(_tail_tiles(tokens, key.tokens), dtype=torch.int32).view(-1, 4)
+    own = torch.cat([batch.tiles, tail])
+    tiles[: len(own)] = own
     return numbers
+
+
+def _parts(numbers: Tensor, key: Key) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """ids, positions, token types (tokens,) and tiles (tiles, 4) as parts of the one piece of memory."""
+    ids, positions, token_types, tiles = numbers.split([key.tokens, key.tokens, key.tokens, 4 * key.tiles])
+    return ids, positions, token_types, tiles.view(-1, 4)
 
 
 def _tail_tiles(tokens: int, bucket: int) -> list[tuple[int, int, int, int]]:
@@ -177,13 +182,13 @@ def _tail_tiles(tokens: int, bucket: int) -> list[tuple[int, int, int, int]]:
 
 def _static_batch(numbers: Tensor, batch: PackedBatch, key: Key) -> PackedBatch:
     """The batch that a graph computes: its tensors are parts of `numbers`. Tiles of zeros have no rows."""
-    ids, positions, token_types, tiles = numbers.split([key.tokens, key.tokens, key.tokens, 4 * key.tiles])
+    ids, positions, token_types, tiles = _parts(numbers, key)
     return replace(
         batch,
         ids=ids,
         positions=positions,
         token_types=token_types if key.has_token_types else None,
-        tiles=tiles.view(-1, 4),
+        tiles=tiles,
         max_seqlen=key.max_seqlen,
         cu_seqlens=batch.cu_seqlens.to(numbers.device),  # the kernels read the tiles instead
         indices=None,

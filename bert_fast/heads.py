@@ -133,6 +133,7 @@ class MaskedLMOutput:
         rows: (rows, hidden_size), what the head reads: the labelled rows, or all.
         word_embeddings: (vocab_size, hidden_size).
         head: computes the logits.
+        has_labels: whether the masked language model has labels; `loss` may be that of another head alone.
     """
 
     loss: Tensor | None
@@ -140,12 +141,13 @@ class MaskedLMOutput:
     rows: Tensor
     word_embeddings: Tensor
     head: MaskedLMHead
+    has_labels: bool
 
     @cached_property
     def logits(self) -> Tensor:
         """(labelled, vocab_size) with labels, (batch, length, vocab_size) without; computed when they are asked for."""
         logits: Tensor = self.head(self.rows, self.word_embeddings)
-        return self.encoder.batch.pad(logits) if self.loss is None else logits
+        return logits if self.has_labels else self.encoder.batch.pad(logits)
 
 
 def _masked_lm(
@@ -198,7 +200,7 @@ class BertForMaskedLM(BertHead):
             input_ids, attention_mask, token_type_ids, keep=_kept(labels), needs_kept_rows_only=self.needs_labelled_only
         )
         loss, rows = _masked_lm(self.mlm, self.bert, output, labels)
-        return MaskedLMOutput(loss, output, rows, self.bert.embeddings.word.weight, self.mlm)
+        return MaskedLMOutput(loss, output, rows, self.bert.embeddings.word.weight, self.mlm, labels is not None)
 
 
 class BertForNextSentencePrediction(BertHead):
@@ -227,17 +229,9 @@ class PreTrainingOutput(MaskedLMOutput):
     """
     Attributes:
         next_sentence_logits: (batch, 2).
-        has_labels: whether the masked language model has labels; `loss` may be that of the next sentence alone.
     """
 
     next_sentence_logits: Tensor
-    has_labels: bool
-
-    @cached_property
-    def logits(self) -> Tensor:
-        """As MaskedLMOutput's."""
-        logits: Tensor = self.head(self.rows, self.word_embeddings)
-        return logits if self.has_labels else self.encoder.batch.pad(logits)
 
 
 class BertForPreTraining(BertHead):
@@ -272,7 +266,7 @@ class BertForPreTraining(BertHead):
             next_loss = _cross_entropy(next_logits, next_sentence_label)
             loss = next_loss if loss is None else loss + next_loss
         return PreTrainingOutput(
-            loss, output, rows, self.bert.embeddings.word.weight, self.mlm, next_logits, labels is not None
+            loss, output, rows, self.bert.embeddings.word.weight, self.mlm, labels is not None, next_logits
         )
 
 

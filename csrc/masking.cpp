@@ -46,15 +46,14 @@ Packing lay_out(std::vector<RowCount>& rows, int64_t columns, int64_t tile_size)
     packing.cu_seqlens.resize(rows.size() + 1);
     packing.num_keys.resize(rows.size());
     int32_t total = 0;
-    uint32_t num_tiles = 0;
-    const auto size = static_cast<uint32_t>(std::min<int64_t>(tile_size, std::numeric_limits<int32_t>::max()));
+    int64_t num_tiles = 0;
     for (size_t row = 0; row < rows.size(); ++row) {
         const int32_t length = rows[row].keys + rows[row].extra;
         packing.cu_seqlens[row] = total;
         packing.num_keys[row] = rows[row].keys;
         rows[row].first_tile = num_tiles;
         total += length;
-        num_tiles += (static_cast<uint32_t>(length) + size - 1) / size;  // 64 bits take four times as long
+        num_tiles += ceil_div(length, tile_size);
         packing.max_seqlen = std::max(packing.max_seqlen, length);
         packing.is_whole &= rows[row].keys == columns;
     }

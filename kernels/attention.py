@@ -136,6 +136,22 @@ def _relative_bias(bias_ptr, reach, query_idx, key_idx):
 
 
 @triton.jit
+def _scores(
+    query, key, first_query, first_key, num_keys, log2_scale, bias_ptr, reach,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr, IS_TAIL: tl.constexpr,
+):  # fmt: skip
+    """The scores of BLOCK_M queries and BLOCK_N keys in base 2; in a tail, -inf for what is no key."""
+    scores = tl.dot(query, tl.trans(key), input_precision="ieee") * log2_scale
+    key_idx = first_key + tl.arange(0, BLOCK_N)
+    if HAS_BIAS:
+        query_idx = first_query + tl.arange(0, BLOCK_M)
+        scores += _relative_bias(bias_ptr, reach, query_idx[:, None], key_idx[None, :])
+    if IS_TAIL:
+        scores = tl.where((key_idx < num_keys)[None, :], scores, float("-inf"))
+    return scores
+
+
+@triton.jit
 def _forward_block(
     query, k_ptr, v_ptr, k_stride, v_stride, first_key, num_keys, log2_scale, running_max, running_sum, result,
     sequence_start, head, first_query, seed, threshold, bias_ptr, reach,
@@ -144,13 +160,9 @@ def _forward_block(
 ):  # fmt: skip
     """One block of keys: the running maximum and sum of the softmax, and the weighted sum of the values."""
     key = _load_rows(k_ptr, k_stride, first_key, num_keys, BLOCK_N, HEAD_SIZE, BLOCK_D, IS_TAIL)
-    scores = tl.dot(query, tl.trans(key), input_precision="ieee") * log2_scale
-    key_idx = first_key + tl.arange(0, BLOCK_N)
-    if HAS_BIAS:
-        query_idx = first_query + tl.arange(0, BLOCK_M)
-        scores += _relative_bias(bias_ptr, reach, query_idx[:, None], key_idx[None, :])
-    if IS_TAIL:
-        scores = tl.where((key_idx < num_keys)[None, :], scores, float("-inf"))
+    scores = _scores(
+        query, key, first_query, first_key, num_keys, log2_scale, bias_ptr, reach, BLOCK_M, BLOCK_N, HAS_BIAS, IS_TAIL
+    )
     new_max = tl.maximum(running_max, tl.max(scores, 1))
     probs = tl.exp2(scores - new_max[:, None])
     decay = tl.exp2(running_max - new_max)
@@ -235,34 +247,6 @@ def _score_gradient(scores, log2_lse, grad_probs, delta, is_kept, keep_scale, HA
     return probs, probs * (grad_probs - delta)
 
 
-@triton.jit
-def _grad_q_block(
-    query, grad_out, k_ptr, v_ptr, k_stride, v_stride, first_key, num_keys, log2_scale, log2_lse, delta, grad_q,
-    sequence_start, head, first_query, seed, threshold, keep_scale, bias_ptr, reach,
-    HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr, IS_TAIL: tl.constexpr,
-):  # fmt: skip
-    key = _load_rows(k_ptr, k_stride, first_key, num_keys, BLOCK_N, HEAD_SIZE, BLOCK_D, IS_TAIL)
-    value = _load_rows(v_ptr, v_stride, first_key, num_keys, BLOCK_N, HEAD_SIZE, BLOCK_D, IS_TAIL)
-    scores = tl.dot(query, tl.trans(key), input_precision="ieee") * log2_scale
-    key_idx = first_key + tl.arange(0, BLOCK_N)
-    if HAS_BIAS:
-        query_idx = first_query + tl.arange(0, BLOCK_M)
-        scores += _relative_bias(bias_ptr, reach, query_idx[:, None], key_idx[None, :])
-    if IS_TAIL:
-        scores = tl.where((key_idx < num_keys)[None, :], scores, float("-inf"))
-    grad_probs = tl.dot(grad_out, tl.trans(value), input_precision="ieee")
-    is_kept = None
-    if HAS_DROPOUT:
-        is_kept = _kept(
-            seed, sequence_start, head, first_query, first_key, threshold, BLOCK_M, BLOCK_N, IS_TRANSPOSED=False
-        )
-    _, grad_scores = _score_gradient(
-        scores, log2_lse[:, None], grad_probs, delta[:, None], is_kept, keep_scale, HAS_DROPOUT
-    )
-    return tl.dot(grad_scores.to(key.dtype), key, grad_q, input_precision="ieee")
-
-
 @triton.jit(do_not_specialize=["lse_stride", "stream", "threshold", "reach"])
 def _attention_grad_q_kernel(
     grad_out_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, delta_ptr, grad_q_ptr, tiles_ptr,
@@ -270,7 +254,7 @@ def _attention_grad_q_kernel(
     grad_out_stride, q_stride, k_stride, v_stride, out_stride, grad_q_stride, lse_stride, scale,
     stream, threshold, keep_scale, reach,
     HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SUBTILES: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT_TAIL: tl.constexpr,
+    SUBTILES: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """dQ of BLOCK_M queries; also delta = rowsum(dO * O), which the other kernels read."""
     sequence_start, num_rows, num_keys, first_query = _tile(tiles_ptr, SUBTILES, BLOCK_M)
@@ -304,60 +288,28 @@ def _attention_grad_q_kernel(
     counter_start = sequence_start.to(tl.uint32)
 
     grad_q = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    # Where registers are short, one loop that masks every block takes fewer than a loop and its tail.
-    full_keys = num_keys // BLOCK_N * BLOCK_N if SPLIT_TAIL else num_keys
-    for first_key in range(0, full_keys, BLOCK_N):
-        grad_q = _grad_q_block(
-            query, grad_out, k_ptr, v_ptr, k_stride, v_stride, first_key, num_keys, log2_scale, log2_lse, delta, grad_q,
-            counter_start, head, first_query, seed, threshold, keep_scale, bias_ptr, reach,
-            HEAD_SIZE, BLOCK_D, BLOCK_M, BLOCK_N, HAS_DROPOUT, HAS_BIAS, IS_TAIL=not SPLIT_TAIL,
+    for first_key in range(0, num_keys, BLOCK_N):
+        key = _load_rows(k_ptr, k_stride, first_key, num_keys, BLOCK_N, HEAD_SIZE, BLOCK_D, IS_TAIL=True)
+        value = _load_rows(v_ptr, v_stride, first_key, num_keys, BLOCK_N, HEAD_SIZE, BLOCK_D, IS_TAIL=True)
+        scores = _scores(
+            query, key, first_query, first_key, num_keys, log2_scale, bias_ptr, reach,
+            BLOCK_M, BLOCK_N, HAS_BIAS, IS_TAIL=True,
         )  # fmt: skip
-    if SPLIT_TAIL and full_keys < num_keys:
-        grad_q = _grad_q_block(
-            query, grad_out, k_ptr, v_ptr, k_stride, v_stride, full_keys, num_keys, log2_scale, log2_lse, delta, grad_q,
-            counter_start, head, first_query, seed, threshold, keep_scale, bias_ptr, reach,
-            HEAD_SIZE, BLOCK_D, BLOCK_M, BLOCK_N, HAS_DROPOUT, HAS_BIAS, IS_TAIL=True,
-        )  # fmt: skip
+        grad_probs = tl.dot(grad_out, tl.trans(value), input_precision="ieee")
+        is_kept = None
+        if HAS_DROPOUT:
+            is_kept = _kept(
+                seed, counter_start, head, first_query, first_key, threshold, BLOCK_M, BLOCK_N, IS_TRANSPOSED=False
+            )
+        _, grad_scores = _score_gradient(
+            scores, log2_lse[:, None], grad_probs, delta[:, None], is_kept, keep_scale, HAS_DROPOUT
+        )
+        grad_q = tl.dot(grad_scores.to(key.dtype), key, grad_q, input_precision="ieee")
 
     _store_rows(
         grad_q_ptr + sequence_start * grad_q_stride + head_offs,
         grad_q_stride, first_query, num_rows, grad_q * scale, BLOCK_M, HEAD_SIZE, BLOCK_D,
     )  # fmt: skip
-
-
-@triton.jit
-def _grad_kv_block(
-    key, value, q_ptr, grad_out_ptr, lse_ptr, delta_ptr, q_stride, grad_out_stride, first_query, num_rows, log2_scale,
-    grad_k, grad_v,
-    sequence_start, head, first_key, seed, threshold, keep_scale, bias_ptr, reach,
-    HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr,
-):  # fmt: skip
-    """One block of queries; the scores are transposed, keys down and queries across."""
-    query = _load_rows(q_ptr, q_stride, first_query, num_rows, BLOCK_N, HEAD_SIZE, BLOCK_D, IS_TAIL=True)
-    grad_out = _load_rows(
-        grad_out_ptr, grad_out_stride, first_query, num_rows, BLOCK_N, HEAD_SIZE, BLOCK_D, IS_TAIL=True
-    )
-    query_idx = first_query + tl.arange(0, BLOCK_N)
-    # Rows beyond the sequence have an infinite log-sum-exp, and so no probability.
-    log2_lse = tl.load(lse_ptr + query_idx, mask=query_idx < num_rows, other=float("inf")) * LOG2_E
-    delta = tl.load(delta_ptr + query_idx, mask=query_idx < num_rows, other=0.0)
-    scores = tl.dot(key, tl.trans(query), input_precision="ieee") * log2_scale
-    if HAS_BIAS:
-        key_idx = first_key + tl.arange(0, BLOCK_M)
-        scores += _relative_bias(bias_ptr, reach, query_idx[None, :], key_idx[:, None])
-    grad_probs = tl.dot(value, tl.trans(grad_out), input_precision="ieee")
-    is_kept = None
-    if HAS_DROPOUT:
-        is_kept = _kept(
-            seed, sequence_start, head, first_query, first_key, threshold, BLOCK_N, BLOCK_M, IS_TRANSPOSED=True
-        )
-    probs, grad_scores = _score_gradient(
-        scores, log2_lse[None, :], grad_probs, delta[None, :], is_kept, keep_scale, HAS_DROPOUT
-    )
-    grad_v = tl.dot(probs.to(grad_out.dtype), grad_out, grad_v, input_precision="ieee")
-    grad_k = tl.dot(grad_scores.to(query.dtype), query, grad_k, input_precision="ieee")
-    return grad_k, grad_v
 
 
 @triton.jit(do_not_specialize=["lse_stride", "stream", "threshold", "reach"])
@@ -369,7 +321,7 @@ def _attention_grad_kv_kernel(
     HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SUBTILES: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of BLOCK_M keys, over all queries of their sequence in blocks of BLOCK_N."""
+    """dK and dV of BLOCK_M keys, over all queries of their sequence in blocks of BLOCK_N; the scores are transposed."""
     sequence_start, num_rows, num_keys, first_key = _tile(tiles_ptr, SUBTILES, BLOCK_M)
     if first_key >= num_rows:
         return
@@ -399,12 +351,28 @@ def _attention_grad_kv_kernel(
     # Rows that are no keys have no gradient, and queries without keys no finite log-sum-exp.
     num_queries = tl.where(first_key < num_keys, num_rows, 0)
     for first_query in range(0, num_queries, BLOCK_N):
-        grad_k, grad_v = _grad_kv_block(
-            key, value, q_ptr, grad_out_ptr, lse_ptr, delta_ptr, q_stride, grad_out_stride, first_query, num_queries,
-            log2_scale, grad_k, grad_v,
-            counter_start, head, first_key, seed, threshold, keep_scale, bias_ptr, reach,
-            HEAD_SIZE, BLOCK_D, BLOCK_M, BLOCK_N, HAS_DROPOUT, HAS_BIAS,
-        )  # fmt: skip
+        query = _load_rows(q_ptr, q_stride, first_query, num_queries, BLOCK_N, HEAD_SIZE, BLOCK_D, IS_TAIL=True)
+        grad_out = _load_rows(
+            grad_out_ptr, grad_out_stride, first_query, num_queries, BLOCK_N, HEAD_SIZE, BLOCK_D, IS_TAIL=True
+        )
+        query_idx = first_query + tl.arange(0, BLOCK_N)
+        # Rows beyond the sequence have an infinite log-sum-exp, and so no probability.
+        log2_lse = tl.load(lse_ptr + query_idx, mask=query_idx < num_queries, other=float("inf")) * LOG2_E
+        delta = tl.load(delta_ptr + query_idx, mask=query_idx < num_queries, other=0.0)
+        scores = tl.dot(key, tl.trans(query), input_precision="ieee") * log2_scale
+        if HAS_BIAS:
+            scores += _relative_bias(bias_ptr, reach, query_idx[None, :], key_idx[:, None])
+        grad_probs = tl.dot(value, tl.trans(grad_out), input_precision="ieee")
+        is_kept = None
+        if HAS_DROPOUT:
+            is_kept = _kept(
+                seed, counter_start, head, first_query, first_key, threshold, BLOCK_N, BLOCK_M, IS_TRANSPOSED=True
+            )
+        probs, grad_scores = _score_gradient(
+            scores, log2_lse[None, :], grad_probs, delta[None, :], is_kept, keep_scale, HAS_DROPOUT
+        )
+        grad_v = tl.dot(probs.to(grad_out.dtype), grad_out, grad_v, input_precision="ieee")
+        grad_k = tl.dot(grad_scores.to(query.dtype), query, grad_k, input_precision="ieee")
 
     # A row that is no key has spoilt no other row: masking it here costs the loop nothing.
     key_valid = key_idx < num_keys
@@ -604,7 +572,7 @@ def attention_backward(
         _attention_grad_q_kernel[grid](
             grad_out, q, k, v, out, lse, delta, grad_q, tiles, *extras.pointers,
             grad_out.stride(0), q.stride(0), k.stride(0), v.stride(0), out.stride(0), grad_q.stride(0), tokens,
-            scale, *extras.numbers, **sizes, **extras.flags, SPLIT_TAIL=False,
+            scale, *extras.numbers, **sizes, **extras.flags,
         )  # fmt: skip
         _attention_grad_kv_kernel[grid](
             grad_out, q, k, v, lse, delta, grad_k, grad_v, tiles, *extras.pointers,

@@ -243,17 +243,22 @@ def random_batches(count: int) -> Iterator[tuple[int, int]]:
         yield int(lengths.sum()), int(lengths.max())
 
 
+def training_step(tokens: int, max_seqlen: int) -> list[Launch]:
+    """The kernels of a BERT-base training step in bfloat16."""
+    return [
+        *launch_attention(BF16, 64, tokens, max_seqlen, dropout_p=0.1),
+        *launch_layer_norm(BF16, 768, tokens, has_residual=True, dropout_p=0.1),
+        *launch_gelu(BF16, 3072, tokens, has_bias=True, approximate="none"),
+        *launch_embedding(BF16, 768, tokens, dropout_p=0.1),
+        *launch_cross_entropy(BF16, 30522, tokens),
+    ]
+
+
 def count_variants() -> dict[str, int]:
     """Distinct binaries of each kernel, over 1,000 batches, for one dtype, size and set of features."""
     seen: dict[str, set[str]] = {}
     for tokens, max_seqlen in random_batches(1000):
-        for launch in (
-            *launch_attention(BF16, 64, tokens, max_seqlen, dropout_p=0.1),
-            *launch_layer_norm(BF16, 768, tokens, has_residual=True, dropout_p=0.1),
-            *launch_gelu(BF16, 3072, tokens, has_bias=True, approximate="none"),
-            *launch_embedding(BF16, 768, tokens, dropout_p=0.1),
-            *launch_cross_entropy(BF16, 30522, tokens),
-        ):
+        for launch in training_step(tokens, max_seqlen):
             source, options = specialise(launch, TARGETS["sm_90"])
             key = str((source.signature, source.constants, source.attrs, options))
             seen.setdefault(launch.kernel.__name__.strip("_"), set()).add(key)
@@ -262,13 +267,7 @@ def count_variants() -> dict[str, int]:
 
 def compile_training_step() -> None:
     """What a first step needs; from Triton's disk cache, where it has been compiled before."""
-    for launch in (
-        *launch_attention(BF16, 64, 1000, 512, dropout_p=0.1),
-        *launch_layer_norm(BF16, 768, 1000, has_residual=True, dropout_p=0.1),
-        *launch_gelu(BF16, 3072, 1000, has_bias=True, approximate="none"),
-        *launch_embedding(BF16, 768, 1000, dropout_p=0.1),
-        *launch_cross_entropy(BF16, 30522, 1000),
-    ):
+    for launch in training_step(1000, 512):
         source, options = specialise(launch, TARGETS["sm_90"])
         triton.compile(source, target=TARGETS["sm_90"], options=options)
 

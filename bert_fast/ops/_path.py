@@ -140,10 +140,6 @@ def or_empty(x: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0, dtype=torch.float32) if x is None else x
 
 
-def or_none(x: Tensor) -> Tensor | None:
-    return None if x.numel() == 0 else x
-
-
 # ---- registration ----------------------------------------------------------------------------------------------------
 
 

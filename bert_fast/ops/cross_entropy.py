@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._path import choose, define, device_of, or_empty
+from ._path import choose, define, device_of, differentiate, or_empty
 
 CHUNK_BYTES = 64 << 20
 """Bytes of logits that a chunk may have: enough rows for a fast matrix product, little beside a training step."""
@@ -139,4 +139,4 @@ def _grad(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     )
 
 
-torch.library.register_autograd("bert_fast::linear_cross_entropy", _grad, setup_context=_save)
+differentiate("linear_cross_entropy", _save, _grad)

@@ -9,15 +9,11 @@ constexpr int64_t kMaskBlock = 64;
 // Skips whole blocks of nothing but zeros (kIsZero) or without any; returns where the first other block begins.
 template <bool kIsZero, typename T>
 BERT_FAST_INLINE int64_t skip_blocks(const T* values, int64_t start, int64_t count) {
-    using Unsigned = std::make_unsigned_t<T>;
     for (; start + kMaskBlock <= count; start += kMaskBlock) {
-        Unsigned all = 0;
-        Unsigned smallest = std::numeric_limits<Unsigned>::max();  // one instruction a register, where a test takes three
-        for (int64_t i = 0; i < kMaskBlock; ++i) {
-            all |= static_cast<Unsigned>(values[start + i]);
-            smallest = std::min(smallest, static_cast<Unsigned>(values[start + i]));
-        }
-        if (kIsZero ? all != 0 : smallest == 0) break;
+        T found = 0;
+        for (int64_t i = 0; i < kMaskBlock; ++i)
+            found |= kIsZero ? values[start + i] : static_cast<T>(values[start + i] == 0);
+        if (found) break;
     }
     return start;
 }
