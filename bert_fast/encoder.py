@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint
+from . import checkpoint, engine
 from .config import ACTIVATIONS, BertConfig
 from .masking import PackedBatch, unpad
-from .nn import EncoderLayer, LayerNorm, embed
+from .nn import EncoderLayer, LayerNorm, embed, is_plain
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -139,15 +139,24 @@ class BertModel(nn.Module):
         is_partial = needs_kept_rows_only and len(self.layers) > 0 and batch.kept is not None
         if is_partial and output_hidden_states:
             raise ValueError("output_hidden_states and needs_kept_rows_only are both True; one excludes the other")
-        hidden: Tensor = self.embeddings(batch)
-        kept = [hidden]
-        for layer in self.layers[:-1] if is_partial else self.layers:
-            hidden = layer(hidden, batch)
-            kept.append(hidden)
+        kept = self._encode(self.embeddings(batch), batch, is_partial, output_hidden_states)
+        hidden = kept[-1]
         if is_partial:
             return self._finish_kept_rows(hidden, batch)
         pooled = None if self.pooler is None else self._pool(hidden.index_select(0, batch.first_rows))
         return BertOutput(hidden, batch, pooled, tuple(kept) if output_hidden_states else ())
+
+    def _encode(self, hidden: Tensor, batch: PackedBatch, is_partial: bool, needs_all: bool) -> list[Tensor]:
+        """The embeddings and the layers' outputs, without the last layer's if is_partial."""
+        layers: Any = list(self.layers)[: len(self.layers) - is_partial]
+        if all(is_plain(layer, EncoderLayer) for layer in layers):
+            outputs = engine.encode(self, layers, hidden, batch, needs_all=needs_all)
+            if outputs is not None:
+                return [hidden, *outputs]
+        kept = [hidden]
+        for layer in layers:
+            kept.append(layer(kept[-1], batch))
+        return kept
 
     def _pool(self, first: Tensor) -> Tensor:
         assert self.pooler is not None

@@ -16,6 +16,7 @@
 #endif
 
 #include "cpu/kernels.h"
+#include "encoder.h"
 #include "masking.h"
 #include "pool.h"
 
@@ -271,30 +272,34 @@ cpu::Dropout make_dropout(int64_t seed, int64_t stream, double rate) {
             static_cast<float>(kNumbers / (kNumbers - threshold))};
 }
 
-cpu::AttentionShape attention_shape(const py::array& q, const py::array& tiles, int64_t tile_size, float scale,
-                                    const cpu::Dropout& dropout) {
-    check_rank(q, "q", 3);
+const Tile* checked_tiles(const py::array& tiles, int64_t tile_size, int64_t tokens) {
     check_rank(tiles, "tiles", 2);
     check_tile_size(tile_size);
     const auto* list = reinterpret_cast<const Tile*>(input<int32_t>(tiles, "tiles", {tiles.shape(0), 4}));
-    const cpu::AttentionShape shape{list, tiles.shape(0), tile_size, q.shape(0), q.shape(1), q.shape(2), scale, dropout};
     int64_t covered = 0;
-    for (int64_t i = 0; i < shape.num_tiles; ++i) {
+    for (int64_t i = 0; i < tiles.shape(0); ++i) {
         const Tile& tile = list[i];
         const bool fits = tile.sequence_start >= 0 && tile.num_rows >= 1 &&
-                          int64_t{tile.sequence_start} + tile.num_rows <= shape.tokens && tile.num_keys >= 0 &&
+                          int64_t{tile.sequence_start} + tile.num_rows <= tokens && tile.num_keys >= 0 &&
                           tile.num_keys <= tile.num_rows && tile.first_row >= 0 && tile.first_row < tile.num_rows &&
                           tile.first_row % tile_size == 0;
         if (!fits)
             fail("tiles[" + std::to_string(i) + "] is (" + std::to_string(tile.sequence_start) + ", " +
                  std::to_string(tile.num_rows) + ", " + std::to_string(tile.num_keys) + ", " +
-                 std::to_string(tile.first_row) + "), which does not fit " + std::to_string(shape.tokens) +
+                 std::to_string(tile.first_row) + "), which does not fit " + std::to_string(tokens) +
                  " tokens in tiles of " + std::to_string(tile_size));
         covered += std::min<int64_t>(tile_size, tile.num_rows - tile.first_row);
     }
-    if (covered != shape.tokens)
-        fail("the sequences hold " + std::to_string(covered) + " tokens and q holds " + std::to_string(shape.tokens));
-    return shape;
+    if (covered != tokens)
+        fail("the sequences hold " + std::to_string(covered) + " tokens and the activations " + std::to_string(tokens));
+    return list;
+}
+
+cpu::AttentionShape attention_shape(const py::array& q, const py::array& tiles, int64_t tile_size, float scale,
+                                    const cpu::Dropout& dropout) {
+    check_rank(q, "q", 3);
+    const Tile* list = checked_tiles(tiles, tile_size, q.shape(0));
+    return {list, tiles.shape(0), tile_size, q.shape(0), q.shape(1), q.shape(2), scale, dropout};
 }
 
 void attention(const py::array& q, const py::array& k, const py::array& v, const py::array& tiles, int64_t tile_size,
@@ -413,6 +418,59 @@ void gelu_backward(const py::array& grad_y, const py::array& x, const std::optio
                                       threads);
 }
 
+Encoder make_encoder(int64_t hidden_size, int64_t num_heads, int64_t intermediate_size, const std::string& approximate) {
+    if (hidden_size < 1 || num_heads < 1 || intermediate_size < 1 || hidden_size % num_heads != 0)
+        fail("hidden_size is " + std::to_string(hidden_size) + ", num_heads " + std::to_string(num_heads) +
+             ", intermediate_size " + std::to_string(intermediate_size) +
+             "; all must be positive and num_heads must divide hidden_size");
+    return {hidden_size, num_heads, intermediate_size, gelu_kind(approximate)};
+}
+
+// arrays: weight and bias of query, key, value, attention output, attention norm, intermediate, output, output norm.
+void add_encoder_layer(Encoder& encoder, const std::vector<py::array>& arrays, float attention_eps, float output_eps,
+                       int threads) {
+    constexpr size_t kArrays = 16;
+    if (arrays.size() != kArrays)
+        fail("arrays has " + std::to_string(arrays.size()) + " entries; " + std::to_string(kArrays) + " are needed");
+    const int64_t hidden = encoder.hidden_size();
+    const int64_t inner = encoder.intermediate_size();
+    const auto linear = [&](size_t at, const char* name, int64_t outputs, int64_t inputs) -> Encoder::LinearArrays {
+        return {input<float>(arrays[at], name, {outputs, inputs}), input<float>(arrays[at + 1], name, {outputs})};
+    };
+    const auto norm = [&](size_t at, const char* name, float eps) -> cpu::Norm {
+        return {input<float>(arrays[at], name, {hidden}), input<float>(arrays[at + 1], name, {hidden}), eps};
+    };
+    const Encoder::LayerArrays layer{linear(0, "query", hidden, hidden),
+                                     linear(2, "key", hidden, hidden),
+                                     linear(4, "value", hidden, hidden),
+                                     linear(6, "attention_output", hidden, hidden),
+                                     linear(10, "intermediate", inner, hidden),
+                                     linear(12, "output", hidden, inner),
+                                     norm(8, "attention_norm", attention_eps),
+                                     norm(14, "output_norm", output_eps)};
+    checked_threads(threads);
+    py::gil_scoped_release release;
+    encoder.add_layer(layer, threads);
+}
+
+void run_encoder(const Encoder& encoder, const py::array& x, const py::array& tiles, int64_t tile_size,
+                 std::vector<py::array>& outputs, int threads) {
+    check_rank(x, "x", 2);
+    const int64_t tokens = x.shape(0);
+    const float* x_data = input<float>(x, "x", {tokens, encoder.hidden_size()});
+    const Tile* list = checked_tiles(tiles, tile_size, tokens);
+    if (static_cast<int64_t>(outputs.size()) != encoder.num_layers())
+        fail("outputs has " + std::to_string(outputs.size()) + " entries; " + std::to_string(encoder.num_layers()) +
+             " are needed, one for each layer");
+    std::vector<float*> results;
+    for (py::array& result : outputs)
+        results.push_back(output<float>(result, "outputs", {tokens, encoder.hidden_size()}));
+    checked_threads(threads);
+    const int64_t num_tiles = tiles.shape(0);
+    py::gil_scoped_release release;
+    encoder.run(list, num_tiles, tile_size, tokens, x_data, results, threads);
+}
+
 bool has_openmp() {
 #ifdef _OPENMP
     return true;
@@ -449,6 +507,14 @@ PYBIND11_MODULE(_C, module) {
                py::arg("threads"));
     module.def("gelu_backward", &gelu_backward, py::arg("grad_y"), py::arg("x"), py::arg("bias"),
                py::arg("approximate"), py::arg("grad_x"), py::arg("grad_bias"), py::arg("threads"));
+    py::class_<Encoder>(module, "Encoder")
+        .def(py::init(&make_encoder), py::arg("hidden_size"), py::arg("num_heads"), py::arg("intermediate_size"),
+             py::arg("approximate"))
+        .def("add_layer", &add_encoder_layer, py::arg("arrays"), py::arg("attention_eps"), py::arg("output_eps"),
+             py::arg("threads"))
+        .def("is_current", &Encoder::is_current)
+        .def("run", &run_encoder, py::arg("x"), py::arg("tiles"), py::arg("tile_size"), py::arg("outputs"),
+             py::arg("threads"));
     module.def("instruction_set", [] { return std::string(cpu::kernels().instruction_set); });
     module.def("has_openmp", &has_openmp);
 }

@@ -59,7 +59,7 @@ class Pool {
   private:
     static constexpr size_t kLine = 64;
     static constexpr size_t kMaxBlocks = 16;
-    static constexpr size_t kMaxBytes = size_t{32} << 20;
+    static constexpr size_t kMaxBytes = size_t{128} << 20;
 
     std::mutex mutex_;
     std::vector<Block> blocks_;  // the most recently used last

@@ -29,7 +29,7 @@ LAYERS = (
     {"functional"},
     {"masking"},
     {"nn", "graphs"},
-    {"checkpoint"},
+    {"checkpoint", "engine"},
     {"encoder"},
     {"heads"},
     {"swap"},

@@ -24,7 +24,7 @@ from models import (
 from torch import Tensor, nn
 
 import bert_fast
-from bert_fast import BertConfig, functional, masking, reference
+from bert_fast import BertConfig, engine, functional, masking, reference
 from bert_fast.swap import bert as family
 from bert_fast.swap.family import KeptRows
 from bert_fast.swap.verify import TensorCheck, Verification, VerificationError
@@ -253,16 +253,44 @@ def positions_from_one(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(family, "unpad", unpad)
 
 
+def engines_neighbours_seen(patch: pytest.MonkeyPatch) -> None:
+    real = engine.encode
+
+    def encode(owner: Any, layers: Any, hidden: Tensor, batch: Any, **others: Any) -> Any:
+        tiles = masking.make_tiles(torch.tensor([0, len(hidden)]))
+        return real(owner, layers, hidden, replace(batch, tiles=tiles), **others)
+
+    patch.setattr(engine, "encode", encode)
+
+
+def engines_layer_lost(patch: pytest.MonkeyPatch) -> None:
+    real = engine.encode
+    patch.setattr(engine, "encode", lambda owner, layers, *rest, **others: real(owner, layers[1:], *rest, **others))
+
+
+def engines_weights_stale(patch: pytest.MonkeyPatch) -> None:
+    real = engine._tensors
+    patch.setattr(engine, "_tensors", lambda *layer: [x * 1.01 for x in real(*layer)])
+
+
+def without_engine(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(engine, "encode", lambda *_, **__: None)
+
+
+OF_OPERATORS = (tanh_gelu, no_gelu, other_eps, no_residual, neighbours_seen, scale_off)
+OF_ALL = (mask_ignored, positions_from_one)
+OF_ENGINE = (engines_neighbours_seen, engines_layer_lost, engines_weights_stale)
+
+
 @pytest.mark.parametrize("name", ["BertModel", "BertForSequenceClassification", "BertForTokenClassification"])
-@pytest.mark.parametrize(
-    "sabotage",
-    [tanh_gelu, no_gelu, other_eps, no_residual, mask_ignored, neighbours_seen, scale_off, positions_from_one],
-)
+@pytest.mark.parametrize("sabotage", [*OF_OPERATORS, *OF_ALL, *OF_ENGINE])
 def test_sabotage(sabotage: Callable[[pytest.MonkeyPatch], None], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = bert_fast.swap(theirs(name))
     batch = inputs(mask_of(MIXED))
     assert bert_fast.verify(model, batch).is_within
     with monkeypatch.context() as patch:
+        if sabotage in OF_OPERATORS:
+            without_engine(patch)
         sabotage(patch)
         with pytest.raises(VerificationError, match="out of bounds") as caught:
             bert_fast.verify(model, batch)
@@ -276,6 +304,7 @@ def test_sabotage(sabotage: Callable[[pytest.MonkeyPatch], None], name: str, mon
 def test_sabotaged_sentence_transformer(monkeypatch: pytest.MonkeyPatch) -> None:
     SentenceTransformer = pytest.importorskip("sentence_transformers").SentenceTransformer
     model = bert_fast.swap(SentenceTransformer(str(minilm()), device="cpu"))
+    without_engine(monkeypatch)
     tanh_gelu(monkeypatch)
     with pytest.raises(VerificationError):
         bert_fast.verify(model, TEXTS[:6])
@@ -365,6 +394,7 @@ def test_model_stays(
     if sabotage is None:
         bert_fast.verify(model, batch)
     else:
+        without_engine(monkeypatch)
         sabotage(monkeypatch)
         assert error is not None
         with pytest.raises(error):

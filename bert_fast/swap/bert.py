@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .. import engine, ops, reference
 from .. import nn as fast
-from .. import ops, reference
 from ..config import BertConfig
 from ..graphs import GraphRunner
 from ..masking import PackedBatch, unpad
@@ -290,9 +290,20 @@ def pack_call(model: Any, call: Call, device: torch.device | str | None = None) 
     return batch, None if embeds is None else batch.select(embeds)
 
 
-def _encode(parts: Plan, batch: PackedBatch, embeds: Tensor | None = None, kept: list[Tensor] | None = None) -> Tensor:
+def _encode(
+    model: nn.Module,
+    parts: Plan,
+    batch: PackedBatch,
+    embeds: Tensor | None = None,
+    kept: list[Tensor] | None = None,
+) -> Tensor:
     """(tokens, hidden_size); `kept` receives the embeddings and every layer's output."""
     hidden = fast.embed(parts.embeddings, batch, embeds)
+    outputs = engine.encode(model, parts.layers, hidden, batch, needs_all=kept is not None)
+    if outputs is not None:
+        if kept is not None:
+            kept += [hidden, *outputs]
+        return outputs[-1]
     for layer in parts.layers:
         if kept is not None:
             kept.append(hidden)
@@ -341,8 +352,8 @@ def _replayed(model: Any, call: Call, parts: Plan, runner: GraphRunner) -> tuple
     device = call["input_ids"].device
     if not 0 < batch.total_tokens <= runner.max_tokens:
         batch = batch.to(device)
-        return batch, _encode(parts, batch)
-    hidden = runner.run(functools.partial(_encode, parts), batch, device, _parameters(parts), _structure(parts))
+        return batch, _encode(model, parts, batch)
+    hidden = runner.run(functools.partial(_encode, model, parts), batch, device, _parameters(parts), _structure(parts))
     if batch.indices is None:
         return batch, hidden.clone()  # the next replay writes there
     return replace(batch, indices=batch.indices.to(device, non_blocking=True)), hidden
@@ -359,7 +370,7 @@ def run(model: Any, call: Call, parts: Plan) -> Any:
         batch, hidden = _replayed(model, call, parts, runner)
     else:
         batch, embeds = pack_call(model, call)
-        hidden = _encode(parts, batch, embeds, kept if wants_hidden_states else None)
+        hidden = _encode(model, parts, batch, embeds, kept if wants_hidden_states else None)
     sequence_output = batch.pad(hidden)
     pooled = None if model.pooler is None else model.pooler(sequence_output)
     hidden_states = None

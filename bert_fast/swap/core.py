@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from .. import engine
 from ..graphs import GraphRunner
 from .bert import FAMILY as BERT
 from .family import Call, Family, kept_rows
@@ -213,6 +214,7 @@ def restore(model: Model) -> Model:
     for module in model.modules():
         if isinstance(module, Swapped):
             module.__class__ = module.bert_fast_base  # type: ignore[assignment]
+            engine.forget(module)
             for name in ("bert_fast_calls", "bert_fast_graphs"):
                 module.__dict__.pop(name, None)
     return model

@@ -1,66 +1,62 @@
-// Attention within packed sequences. Every matrix product below has the form C[m][n] += A[m][k] * B[k][n] with n along
-// the vector lanes, so one small product serves all of them; K and V are copied into lane-aligned scratch per head.
+// Attention within packed sequences; K and V are copied into lane-aligned scratch per head.
 
 namespace bert_fast::cpu::BERT_FAST_ISA {
 
-constexpr int64_t kRowBlock = 4;            // rows of C held in registers
-constexpr int64_t kColumnBlock = 2 * kLanes;  // columns of C held in registers
-constexpr int64_t kDepthBlock = 256;          // terms added one after another; long sums are sums of such sums
+constexpr int64_t kQueryBlock = kTileRows;    // queries whose scores lie in scratch at a time
+constexpr int64_t kGradQueryBlock = 16;       // the same in the backward pass, where they are the depth of two products
+constexpr int64_t kColumnBlock = 2 * kLanes;  // a head is 32 or 64 wide: three vectors would leave much of it empty
 
-// C (m x n) = or += A * B. A is read as a[i * a_row + p * a_column], so it may be transposed; n is a multiple of
-// kColumnBlock, rows of B and C are at least n apart.
+struct Block {
+    const float* a;
+    int64_t a_row, a_column;
+    const float* b;
+    int64_t b_row;
+    int64_t depth, columns;
+    float* c;
+    int64_t c_row;
+    bool accumulates;
+};
+
 template <int kRows>
-BERT_FAST_INLINE void multiply_block(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row,
-                                     int64_t depth, int64_t columns, float* c, int64_t c_row, bool accumulate) {
-    for (int64_t column = 0; column < columns; column += kColumnBlock) {
-        Vec left[kRows];
-        Vec right[kRows];
+void multiply_block(const Block& block) {
+    for (int64_t column = 0; column < block.columns; column += kColumnBlock) {
+        Vec sum[kRows][2] = {};
+        accumulate<kRows, 2>(block.a, block.a_row, block.a_column, block.b + column, block.b_row, block.depth, sum);
+#pragma GCC unroll 8
         for (int i = 0; i < kRows; ++i) {
-            left[i] = Vec{};
-            right[i] = Vec{};
-        }
-        const float* b_at = b + column;
-        for (int64_t p = 0; p < depth; ++p, b_at += b_row) {
-            Vec b_left;
-            Vec b_right;
-            load(b_at, b_left);
-            load(b_at + kLanes, b_right);
-            for (int i = 0; i < kRows; ++i) {
-                const float factor = a[i * a_row + p * a_column];
-                left[i] += factor * b_left;
-                right[i] += factor * b_right;
+#pragma GCC unroll 2
+            for (int j = 0; j < 2; ++j) {
+                float* target = block.c + i * block.c_row + column + j * kLanes;
+                if (block.accumulates) {
+                    Vec before;
+                    load(target, before);
+                    sum[i][j] += before;
+                }
+                store(sum[i][j], target);
             }
-        }
-        for (int i = 0; i < kRows; ++i) {
-            float* target = c + i * c_row + column;
-            if (accumulate) {
-                Vec before_left;
-                Vec before_right;
-                load(target, before_left);
-                load(target + kLanes, before_right);
-                left[i] += before_left;
-                right[i] += before_right;
-            }
-            store(left[i], target);
-            store(right[i], target + kLanes);
         }
     }
 }
 
+template <int... kRows>
+constexpr std::array<void (*)(const Block&), sizeof...(kRows)> block_kernels(std::integer_sequence<int, kRows...>) {
+    return {multiply_block<kRows + 1>...};
+}
+
+constexpr auto kBlockKernels = block_kernels(std::make_integer_sequence<int, kTileRows>());
+
+// C (rows x columns) = or += A * B; columns is a multiple of kColumnBlock.
 inline void multiply(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row, int64_t rows,
-                     int64_t depth, int64_t columns, float* c, int64_t c_row, bool accumulate) {
+                     int64_t depth, int64_t columns, float* c, int64_t c_row, bool accumulates) {
+    const Strips strips(rows);
     for (int64_t first = 0; first < depth; first += kDepthBlock) {
         const int64_t terms = std::min(kDepthBlock, depth - first);
-        const float* a_part = a + first * a_column;
-        const float* b_part = b + first * b_row;
-        const bool adds = accumulate || first > 0;
-        int64_t row = 0;
-        for (; row + kRowBlock <= rows; row += kRowBlock)
-            multiply_block<kRowBlock>(a_part + row * a_row, a_row, a_column, b_part, b_row, terms, columns,
-                                      c + row * c_row, c_row, adds);
-        for (; row < rows; ++row)
-            multiply_block<1>(a_part + row * a_row, a_row, a_column, b_part, b_row, terms, columns, c + row * c_row,
-                              c_row, adds);
+        for (int64_t strip = 0; strip < strips.count; ++strip) {
+            const int64_t row = strips.begin(strip);
+            kBlockKernels[strips.begin(strip + 1) - row - 1]({a + row * a_row + first * a_column, a_row, a_column,
+                                                             b + first * b_row, b_row, terms, columns, c + row * c_row,
+                                                             c_row, accumulates || first > 0});
+        }
     }
 }
 
@@ -82,14 +78,19 @@ inline void transpose_padded(const float* from, int64_t from_row, int64_t rows, 
     }
 }
 
-// Scores become probabilities; returns the logarithm of the sum of exponentials. Columns beyond `keys` become zero.
-inline float softmax_row(float* scores, int64_t keys, int64_t padded, float scale) {
+// Scores become exponentials of their distance from the largest; columns beyond `keys` become zero.
+struct SoftmaxRow {
+    float sum;
+    float log_sum_exp;
+};
+
+inline SoftmaxRow softmax_row(float* scores, int64_t keys, int64_t padded, float scale) {
     float largest = scores[0];
 #pragma omp simd reduction(max : largest)
     for (int64_t j = 0; j < keys; ++j) largest = scores[j] > largest ? scores[j] : largest;
     float sum = 0.0f;
-    for (int64_t first = 0; first < keys; first += kDepthBlock) {
-        const int64_t last = std::min(first + kDepthBlock, keys);
+    for (int64_t first = 0; first < keys; first += kSumBlock) {
+        const int64_t last = std::min(first + kSumBlock, keys);
         float part = 0.0f;
 #pragma omp simd reduction(+ : part)
         for (int64_t j = first; j < last; ++j) {
@@ -99,11 +100,8 @@ inline float softmax_row(float* scores, int64_t keys, int64_t padded, float scal
         }
         sum += part;
     }
-    const float inverse = 1.0f / sum;
-#pragma omp simd
-    for (int64_t j = 0; j < keys; ++j) scores[j] *= inverse;
     std::fill(scores + keys, scores + padded, 0.0f);
-    return largest * scale + std::log(sum);
+    return {sum, largest * scale + std::log(sum)};
 }
 
 // Scratch of one thread, reused from item to item.
@@ -128,41 +126,51 @@ inline void attention_tile(const AttentionShape& shape, const Tile& tile, int64_
     const int64_t queries = std::min<int64_t>(shape.tile_size, tile.num_rows - tile.first_row);
     const int64_t keys = tile.num_keys;
     const int64_t offset = head * size;
-    float* lse = log_sum_exp + head * shape.tokens + first;
+    float* lse = log_sum_exp == nullptr ? nullptr : log_sum_exp + head * shape.tokens + first;
     if (keys == 0) {
         for (int64_t i = 0; i < queries; ++i) {
             std::fill_n(out.row(first + i) + offset, size, 0.0f);
-            lse[i] = -std::numeric_limits<float>::infinity();
+            if (lse != nullptr) lse[i] = -std::numeric_limits<float>::infinity();
         }
         return;
     }
     const int64_t padded_keys = round_up(keys, kColumnBlock);
     const int64_t padded_size = round_up(size, kColumnBlock);
     const int64_t factor_count = shape.dropout.is_on() ? round_up(keys, 4 * kStep) : 0;
-    scratch.reset(size * padded_keys + keys * padded_size + kRowBlock * (padded_keys + padded_size) + factor_count);
+    scratch.reset(size * padded_keys + keys * padded_size + kQueryBlock * (padded_keys + padded_size) + factor_count);
     float* k_transposed = scratch.take(size * padded_keys);
     float* v_padded = scratch.take(keys * padded_size);
-    float* scores = scratch.take(kRowBlock * padded_keys);
-    float* result = scratch.take(kRowBlock * padded_size);
+    float* scores = scratch.take(kQueryBlock * padded_keys);
+    float* result = scratch.take(kQueryBlock * padded_size);
     float* factors = scratch.take(factor_count);
     transpose_padded(k.row(tile.sequence_start) + offset, k.stride, keys, size, padded_keys, k_transposed);
     copy_padded(v.row(tile.sequence_start) + offset, v.stride, keys, size, padded_size, v_padded);
 
-    for (int64_t row = 0; row < queries; row += kRowBlock) {
-        const int64_t count = std::min(kRowBlock, queries - row);
+    const Strips strips(queries);
+    for (int64_t strip = 0; strip < strips.count; ++strip) {
+        const int64_t row = strips.begin(strip);
+        const int64_t count = strips.begin(strip + 1) - row;
+        float inverse_sums[kQueryBlock];
         multiply(q.row(first + row) + offset, q.stride, 1, k_transposed, padded_keys, count, size, padded_keys, scores,
                  padded_keys, false);
         for (int64_t i = 0; i < count; ++i) {
-            float* probabilities = scores + i * padded_keys;
-            lse[row + i] = softmax_row(probabilities, keys, padded_keys, shape.scale);
+            float* weights = scores + i * padded_keys;
+            const SoftmaxRow softmax = softmax_row(weights, keys, padded_keys, shape.scale);
+            inverse_sums[i] = 1.0f / softmax.sum;
+            if (lse != nullptr) lse[row + i] = softmax.log_sum_exp;
             if (!shape.dropout.is_on()) continue;
             dropout_factors(shape.dropout, tile.sequence_start, head, tile.first_row + row + i, keys, factors);
 #pragma omp simd
-            for (int64_t j = 0; j < keys; ++j) probabilities[j] *= factors[j];
+            for (int64_t j = 0; j < keys; ++j) weights[j] *= factors[j];
         }
         multiply(scores, padded_keys, 1, v_padded, padded_size, count, keys, padded_size, result, padded_size, false);
-        for (int64_t i = 0; i < count; ++i)
-            std::memcpy(out.row(first + row + i) + offset, result + i * padded_size, size * sizeof(float));
+        for (int64_t i = 0; i < count; ++i) {
+            float* target = out.row(first + row + i) + offset;
+            const float* from = result + i * padded_size;
+            const float inverse = inverse_sums[i];
+#pragma omp simd
+            for (int64_t d = 0; d < size; ++d) target[d] = from[d] * inverse;
+        }
     }
 }
 
@@ -178,7 +186,7 @@ void attention(const AttentionShape& shape, ConstRows q, ConstRows k, ConstRows 
     }
 }
 
-// All gradients of one sequence and head, by blocks of kRowBlock queries (Dao 2023, FlashAttention-2, section 3.1).
+// All gradients of one sequence and head, by blocks of queries (Dao 2023, FlashAttention-2, section 3.1).
 inline void attention_grad_sequence(const AttentionShape& shape, const Tile& tile, int64_t head, ConstRows q,
                                     ConstRows k, ConstRows v, ConstRows out, const float* log_sum_exp,
                                     ConstRows grad_out, const AttentionGradients& grads, Scratch& scratch) {
@@ -191,18 +199,18 @@ inline void attention_grad_sequence(const AttentionShape& shape, const Tile& til
     const int64_t padded_size = round_up(size, kColumnBlock);
     const float* lse = log_sum_exp + head * shape.tokens + start;
     const int64_t factor_count = shape.dropout.is_on() ? round_up(keys, 4 * kStep) : 0;
-    scratch.reset(2 * size * padded_keys + 3 * keys * padded_size + kRowBlock * (2 * padded_keys + 3 * padded_size) +
+    scratch.reset(2 * size * padded_keys + 3 * keys * padded_size + kGradQueryBlock * (2 * padded_keys + 3 * padded_size) +
                   factor_count);
     float* k_transposed = scratch.take(size * padded_keys);
     float* v_transposed = scratch.take(size * padded_keys);
     float* k_padded = scratch.take(keys * padded_size);
     float* grad_k = scratch.take(keys * padded_size);
     float* grad_v = scratch.take(keys * padded_size);
-    float* probabilities = scratch.take(kRowBlock * padded_keys);
-    float* grad_scores = scratch.take(kRowBlock * padded_keys);
-    float* q_block = scratch.take(kRowBlock * padded_size);
-    float* grad_out_block = scratch.take(kRowBlock * padded_size);
-    float* grad_q = scratch.take(kRowBlock * padded_size);
+    float* probabilities = scratch.take(kGradQueryBlock * padded_keys);
+    float* grad_scores = scratch.take(kGradQueryBlock * padded_keys);
+    float* q_block = scratch.take(kGradQueryBlock * padded_size);
+    float* grad_out_block = scratch.take(kGradQueryBlock * padded_size);
+    float* grad_q = scratch.take(kGradQueryBlock * padded_size);
     float* factors = scratch.take(factor_count);
     transpose_padded(k.row(start) + offset, k.stride, keys, size, padded_keys, k_transposed);
     transpose_padded(v.row(start) + offset, v.stride, keys, size, padded_keys, v_transposed);
@@ -210,8 +218,8 @@ inline void attention_grad_sequence(const AttentionShape& shape, const Tile& til
     std::fill_n(grad_k, keys * padded_size, 0.0f);
     std::fill_n(grad_v, keys * padded_size, 0.0f);
 
-    for (int64_t row = 0; row < queries; row += kRowBlock) {
-        const int64_t count = std::min(kRowBlock, queries - row);
+    for (int64_t row = 0; row < queries; row += kGradQueryBlock) {
+        const int64_t count = std::min(kGradQueryBlock, queries - row);
         if (keys == 0) {
             for (int64_t i = 0; i < count; ++i) std::fill_n(grads.q.row(start + row + i) + offset, size, 0.0f);
             continue;

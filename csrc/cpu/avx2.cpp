@@ -10,6 +10,7 @@
 
 #define BERT_FAST_ISA avx2
 #define BERT_FAST_LANES 8
+#define BERT_FAST_REGISTERS 16
 #include "instantiate.inl"
 
 #if defined(__clang__)

@@ -10,6 +10,7 @@
 
 #define BERT_FAST_ISA avx512
 #define BERT_FAST_LANES 16
+#define BERT_FAST_REGISTERS 32
 #include "instantiate.inl"
 
 #if defined(__clang__)

@@ -10,6 +10,9 @@ typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
 BERT_FAST_INLINE void load(const float* from, Vec& to) { std::memcpy(&to, from, sizeof(Vec)); }
 BERT_FAST_INLINE void store(const Vec& from, float* to) { std::memcpy(to, &from, sizeof(Vec)); }
 
+// Terms of a sum that are added one after another; long sums are sums of such sums, which keeps their digits.
+constexpr int64_t kSumBlock = 256;
+
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 // Two units in the last place; below -87.3 the result stays at the smallest normal number.

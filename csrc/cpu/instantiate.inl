@@ -1,9 +1,11 @@
 // Included once per instruction set, after the standard headers and the target pragma.
 #include "common.inl"
 #include "philox.inl"
+#include "gemm.inl"
 #include "attention.inl"
 #include "gelu.inl"
 #include "layer_norm.inl"
+#include "encoder.inl"
 #include "masking.inl"
 
 #define BERT_FAST_NAME_(isa) isa##_kernels
@@ -21,6 +23,10 @@ const Kernels BERT_FAST_NAME(BERT_FAST_ISA) = {
     BERT_FAST_ISA::layer_norm_backward,
     BERT_FAST_ISA::gelu,
     BERT_FAST_ISA::gelu_backward,
+    BERT_FAST_ISA::packed_size,
+    BERT_FAST_ISA::pack_weight,
+    BERT_FAST_ISA::encoder_workspace,
+    BERT_FAST_ISA::encoder,
     BERT_FAST_ISA::prefix_lengths,
     BERT_FAST_ISA::fill_sequence,
     BERT_FAST_ISA::copy_ids,

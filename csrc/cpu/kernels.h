@@ -53,6 +53,33 @@ struct AttentionGradients {
 
 enum class Gelu { erf, tanh };
 
+// y = x W^T + b with the weight packed.
+struct Linear {
+    const float* weight;
+    const float* bias;
+};
+
+struct Norm {
+    const float* weight;
+    const float* bias;
+    float eps;
+};
+
+struct EncoderLayer {
+    Linear query, key, value, attention_output, intermediate, output;
+    Norm attention_norm, output_norm;
+};
+
+// Layer i reads (tokens, hidden_size) from outputs[i - 1], the first one from input, and writes outputs[i], all dense;
+// neighbours may be the same array. `workspace` holds encoder_workspace floats.
+struct EncoderShape {
+    AttentionShape attention;  // tokens, heads, head_size
+    int64_t num_layers;
+    int64_t hidden_size;
+    int64_t intermediate_size;
+    Gelu gelu;
+};
+
 struct Kernels {
     const char* instruction_set;
 
@@ -78,6 +105,17 @@ struct Kernels {
     // grad_bias may be null.
     void (*gelu_backward)(int64_t rows, int64_t width, const float* grad_y, const float* x, const float* bias,
                                Gelu kind, float* grad_x, float* grad_bias, int threads);
+
+    // Elements of a packed weight matrix.
+    int64_t (*packed_size)(int64_t outputs, int64_t inputs);
+
+    // The weight (outputs, inputs) of a linear layer, in the order in which `encoder` reads it.
+    void (*pack_weight)(const float* weight, int64_t outputs, int64_t inputs, float* packed, int threads);
+
+    // Post-norm encoder layers (Devlin et al. 2018; Vaswani et al. 2017, section 3.1), without dropout.
+    int64_t (*encoder_workspace)(const EncoderShape&, int threads);
+    void (*encoder)(const EncoderShape&, const EncoderLayer* layers, const float* input, float* const* outputs,
+                    float* workspace, int threads);
 
     // ---- the inner loops of masking.cpp, on one thread ----
 

@@ -3,9 +3,6 @@
 
 namespace bert_fast::cpu::BERT_FAST_ISA {
 
-// Terms of a sum that are added one after another; long sums are sums of such sums, which keeps their digits.
-constexpr int64_t kSumBlock = 256;
-
 inline void layer_norm_row(int64_t width, const float* x, const float* residual, const float* weight, const float* bias,
                            float eps, float* y, float& mean, float& rstd) {
     if (residual == nullptr) {

@@ -1,0 +1,178 @@
+// Matrix products. Every one has the form C[m][n] (+)= A[m][k] * B[k][n] with n along the vector lanes; a tile of C lies in
+// registers while k runs (Goto and van de Geijn 2008, with the layers of packing that a weight matrix needs no more than
+// once).
+
+namespace bert_fast::cpu::BERT_FAST_ISA {
+
+// The tile of C: the largest that leaves registers for a row of B and one element of A.
+constexpr int kTileRows = BERT_FAST_REGISTERS >= 32 ? 8 : 6;
+constexpr int kTileVectors = BERT_FAST_REGISTERS >= 32 ? 3 : 2;
+constexpr int64_t kPanel = kTileVectors * kLanes;
+
+// Terms added one after another; long sums are sums of such sums, which keeps their digits, and keeps the part of B that
+// is in use within the second-level cache.
+constexpr int64_t kDepthBlock = 512;
+
+// sum[i][j] += A * B for a tile. A is read as a[i * a_row + p * a_column], so it may be transposed.
+template <int kRows, int kVectors>
+BERT_FAST_INLINE void accumulate(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row,
+                                 int64_t depth, Vec (&sum)[kRows][kVectors]) {
+    for (int64_t p = 0; p < depth; ++p) {
+        Vec right[kVectors];
+#pragma GCC unroll 8
+        for (int j = 0; j < kVectors; ++j) load(b + p * b_row + j * kLanes, right[j]);
+#pragma GCC unroll 8
+        for (int i = 0; i < kRows; ++i) {
+            const float factor = a[i * a_row + p * a_column];
+#pragma GCC unroll 8
+            for (int j = 0; j < kVectors; ++j) sum[i][j] += factor * right[j];
+        }
+    }
+}
+
+// ---- products with a weight matrix ---------------------------------------------------------------------------------
+
+// One panel of columns for one strip of rows.
+struct Strip {
+    const float* a;
+    int64_t a_row, a_column;
+    const float* b;  // depth x (vectors * kLanes), dense
+    int64_t depth;
+    const float* bias;  // of the panel's columns, or null
+    float* c;
+    int64_t c_row;
+    bool accumulates;  // C += A * B
+};
+
+template <int kRows, int kVectors>
+void multiply_strip(const Strip& s) {
+    Vec sum[kRows][kVectors] = {};
+    accumulate<kRows, kVectors>(s.a, s.a_row, s.a_column, s.b, kVectors * kLanes, s.depth, sum);
+    Vec bias[kVectors] = {};
+    if (s.bias != nullptr)
+        for (int j = 0; j < kVectors; ++j) load(s.bias + j * kLanes, bias[j]);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+        float* row = s.c + i * s.c_row;
+#pragma GCC unroll 8
+        for (int j = 0; j < kVectors; ++j) {
+            Vec value = sum[i][j] + bias[j];
+            if (s.accumulates) {
+                Vec before;
+                load(row + j * kLanes, before);
+                value += before;
+            }
+            store(value, row + j * kLanes);
+        }
+    }
+}
+
+using StripKernel = void (*)(const Strip&);
+
+template <int kVectors, int... kRows>
+constexpr std::array<StripKernel, sizeof...(kRows)> strip_kernels(std::integer_sequence<int, kRows...>) {
+    return {multiply_strip<kRows + 1, kVectors>...};
+}
+
+template <int... kVectors>
+constexpr std::array<std::array<StripKernel, kTileRows>, sizeof...(kVectors)> panel_kernels(
+    std::integer_sequence<int, kVectors...>) {
+    return {strip_kernels<kVectors + 1>(std::make_integer_sequence<int, kTileRows>())...};
+}
+
+// By vectors and by rows, less one each.
+constexpr auto kStripKernels = panel_kernels(std::make_integer_sequence<int, kTileVectors>());
+
+// Rows in strips of nearly one size: a strip of one row would wait for B most of its time.
+struct Strips {
+    int64_t rows;
+    int64_t count;
+    explicit Strips(int64_t rows_) : rows(rows_), count((rows_ + kTileRows - 1) / kTileRows) {}
+    int64_t begin(int64_t strip) const { return rows * strip / count; }
+};
+
+inline int64_t num_panels(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
+
+// Width of a panel in vectors; only the last may be narrower.
+inline int panel_vectors(int64_t columns, int64_t panel) {
+    return static_cast<int>((std::min(kPanel, columns - panel * kPanel) + kLanes - 1) / kLanes);
+}
+
+int64_t packed_size(int64_t columns, int64_t depth) { return round_up(columns, kLanes) * depth; }
+
+// panels = B in panels of kPanel columns, each depth x its width, zeros beyond the last column. B[k][n] is read as
+// b[k * b_row + n * b_column].
+void pack_panels(const float* b, int64_t b_row, int64_t b_column, int64_t depth, int64_t columns, int64_t first_panel,
+                 int64_t last_panel, float* panels) {
+    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+        const int64_t first = panel * kPanel;
+        const int64_t width = panel_vectors(columns, panel) * kLanes;
+        const int64_t filled = std::min(width, columns - first);
+        const float* from = b + first * b_column;
+        float* to = panels + first * depth;
+        for (int64_t p = 0; p < depth; ++p, to += width) {
+            const float* row = from + p * b_row;
+            if (b_column == 1) {
+                std::memcpy(to, row, filled * sizeof(float));
+            } else {
+                for (int64_t n = 0; n < filled; ++n) to[n] = row[n * b_column];
+            }
+            std::fill(to + filled, to + width, 0.0f);
+        }
+    }
+}
+
+// A part of C (rows x columns) = A (rows x depth) * B + bias: the columns of some panels. C's rows have room for whole
+// vectors.
+struct Product {
+    const float* a;
+    int64_t a_row;
+    int64_t a_column = 1;
+    int64_t rows;
+    const float* panels;
+    int64_t panel_depth;  // rows of the whole B
+    int64_t first_depth = 0;
+    int64_t depth;  // rows of B that take part, and columns of A
+    int64_t columns;
+    const float* bias = nullptr;
+    float* c;  // at first_column
+    int64_t c_row;
+    int64_t first_column = 0;
+    bool accumulates = false;
+};
+
+template <typename Finish>
+void multiply_panels(const Product& product, int64_t first_panel, int64_t last_panel, const Finish& finish) {
+    const Strips strips(product.rows);
+    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+        const int64_t column = panel * kPanel;
+        const int vectors = panel_vectors(product.columns, panel);
+        const int64_t width = vectors * kLanes;
+        alignas(64) float bias[kPanel] = {};
+        if (product.bias != nullptr)
+            std::memcpy(bias, product.bias + column, std::min(width, product.columns - column) * sizeof(float));
+        const int64_t blocks = (product.depth + kDepthBlock - 1) / kDepthBlock;
+        for (int64_t block = 0; block < blocks; ++block) {
+            const int64_t start = product.depth * block / blocks;
+            const int64_t stop = product.depth * (block + 1) / blocks;
+            const bool is_last = block + 1 == blocks;
+            for (int64_t strip = 0; strip < strips.count; ++strip) {
+                const int64_t row = strips.begin(strip);
+                const int64_t rows = strips.begin(strip + 1) - row;
+                float* c = product.c + row * product.c_row + column - product.first_column;
+                kStripKernels[vectors - 1][rows - 1]({
+                    product.a + row * product.a_row + start * product.a_column, product.a_row, product.a_column,
+                    product.panels + column * product.panel_depth + (product.first_depth + start) * width, stop - start,
+                    is_last && product.bias != nullptr ? bias : nullptr, c, product.c_row,
+                    product.accumulates || block > 0});
+                if (is_last) finish(c, product.c_row, rows, width);
+            }
+        }
+    }
+}
+
+struct Nothing {
+    BERT_FAST_INLINE void operator()(float*, int64_t, int64_t, int64_t) const {}
+};
+
+}  // namespace bert_fast::cpu::BERT_FAST_ISA

@@ -1,0 +1,57 @@
+// A stack of encoder layers whose weights are packed for the CPU kernels.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace bert_fast {
+
+class Encoder {
+  public:
+    // One linear layer as it was handed over: weight (outputs, inputs) dense, bias (outputs).
+    struct LinearArrays {
+        const float* weight;
+        const float* bias;
+    };
+
+    struct LayerArrays {
+        LinearArrays query, key, value, attention_output, intermediate, output;
+        cpu::Norm attention_norm, output_norm;
+    };
+
+    Encoder(int64_t hidden_size, int64_t num_heads, int64_t intermediate_size, cpu::Gelu gelu);
+    Encoder(Encoder&&) = default;  // and no copy: the layers point into storage_
+
+    // Packs the weights. Biases, norms and, for is_current, weights are read where they lie: they must outlive this.
+    void add_layer(const LayerArrays& arrays, int threads);
+
+    // Whether the weights still hold what was packed, as far as some elements of each show.
+    bool is_current() const;
+
+    int64_t num_layers() const { return static_cast<int64_t>(layers_.size()); }
+    int64_t hidden_size() const { return shape_.hidden_size; }
+    int64_t num_heads() const { return shape_.attention.heads; }
+    int64_t head_size() const { return shape_.attention.head_size; }
+    int64_t intermediate_size() const { return shape_.intermediate_size; }
+
+    // outputs: one array (tokens, hidden_size) a layer; see cpu::EncoderShape.
+    void run(const Tile* tiles, int64_t num_tiles, int64_t tile_size, int64_t tokens, const float* input,
+             const std::vector<float*>& outputs, int threads) const;
+
+  private:
+    struct Sample {
+        const float* place;
+        float value;
+    };
+
+    cpu::Linear pack(const LinearArrays& linear, int64_t outputs, int64_t inputs, int threads);
+
+    cpu::EncoderShape shape_{};
+    std::vector<cpu::EncoderLayer> layers_;
+    std::vector<std::vector<float>> storage_;
+    std::vector<Sample> samples_;
+};
+
+}  // namespace bert_fast
