@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from . import checkpoint, engine
 from .config import ACTIVATIONS, BertConfig
+from .guard import Kept
 from .masking import PackedBatch, unpad
-from .nn import EncoderLayer, LayerNorm, embed, is_plain
+from .nn import EncoderLayer, EncoderLayerParts, LayerNorm, embed, is_plain
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -81,6 +82,9 @@ def initialise(module: nn.Module, std: float) -> None:
                 nn.init.zeros_(part.weight[part.padding_idx])
 
 
+_stacks: Kept[engine.Stack | None] = Kept()
+
+
 class BertModel(nn.Module):
     """The encoder.
 
@@ -139,38 +143,49 @@ class BertModel(nn.Module):
         is_partial = needs_kept_rows_only and len(self.layers) > 0 and batch.kept is not None
         if is_partial and output_hidden_states:
             raise ValueError("output_hidden_states and needs_kept_rows_only are both True; one excludes the other")
-        kept = self._encode(self.embeddings(batch), batch, is_partial, output_hidden_states)
-        hidden = kept[-1]
         if is_partial:
-            return self._finish_kept_rows(hidden, batch)
+            return self._encode_kept_rows(batch)
+        kept = self._encode(self.embeddings(batch), batch, None, output_hidden_states)
+        hidden = kept[-1]
         pooled = None if self.pooler is None else self._pool(hidden.index_select(0, batch.first_rows))
         return BertOutput(hidden, batch, pooled, tuple(kept) if output_hidden_states else ())
 
-    def _encode(self, hidden: Tensor, batch: PackedBatch, is_partial: bool, needs_all: bool) -> list[Tensor]:
-        """The embeddings and the layers' outputs, without the last layer's if is_partial."""
-        layers: Any = list(self.layers)[: len(self.layers) - is_partial]
-        if all(is_plain(layer, EncoderLayer) for layer in layers):
-            outputs = engine.encode(self, layers, hidden, batch, needs_all=needs_all)
+    def _encode(
+        self, hidden: Tensor, batch: PackedBatch, rows: Tensor | None = None, needs_all: bool = False
+    ) -> list[Tensor]:
+        """The embeddings, with needs_all the layers' outputs, and the last layer's, for some rows or all."""
+        if not torch.compiler.is_compiling():
+            stack = _stacks.get(self, self._stack)
+            outputs = (
+                None if stack is None else engine.encode(self, stack, hidden, batch, needs_all=needs_all, rows=rows)
+            )
             if outputs is not None:
                 return [hidden, *outputs]
         kept = [hidden]
-        for layer in layers:
-            kept.append(layer(kept[-1], batch))
+        for number, layer in enumerate(self.layers, 1):
+            kept.append(layer(kept[-1], batch, rows if number == len(self.layers) else None))
         return kept
+
+    def _stack(self) -> engine.Stack | None:
+        """The layers for the engine, unless somebody wants to be called with what they compute."""
+        if not all(is_plain(layer, EncoderLayer) for layer in self.layers):
+            return None
+        return engine.stack(cast("list[EncoderLayerParts]", list(self.layers)))
 
     def _pool(self, first: Tensor) -> Tensor:
         assert self.pooler is not None
         return torch.tanh(self.pooler(first))
 
-    def _finish_kept_rows(self, hidden: Tensor, batch: PackedBatch) -> BertOutput:
-        """The last layer on the rows that are read."""
+    def _encode_kept_rows(self, batch: PackedBatch) -> BertOutput:
+        """All layers, but the last one, after its attention, on the rows that are read."""
         rows = batch.kept
         assert rows is not None
+        hidden = self.embeddings(batch)
         if self.pooler is None:
-            return BertOutput(self.layers[-1](hidden, batch, rows), batch, None, (), rows)
+            return BertOutput(self._encode(hidden, batch, rows)[-1], batch, None, (), rows)
         first = batch.first_rows
         # A first row that is kept as well is computed twice: there are few, and to find them would wait for the device.
-        read = self.layers[-1](hidden, batch, torch.cat([first, rows]))
+        read = self._encode(hidden, batch, torch.cat([first, rows]))[-1]
         return BertOutput(read[len(first) :], batch, self._pool(read[: len(first)]), (), rows)
 
     def pack(

@@ -1,15 +1,17 @@
 """The CPU engine: all encoder layers in one call of the C++ module, from packed weights, where no gradient is wanted.
 
 A weight is packed when it is first used, and again when it has changed: when its parameter holds other memory, when
-autograd's version counter has moved (optimizers, load_state_dict, any operation in place), or when one of 64 elements
-of it differs. Only a write behind autograd's back (`weight.data[i, j] = x`) that misses all of these goes unseen;
-`forget` is for that. Biases and LayerNorm parameters are read where they are.
+autograd's version counter has moved (optimizers, load_state_dict, any operation in place), or when one of a few of its
+elements differs, which is how most writes behind autograd's back (`weight.data.mul_(2)`) show. One that changes none of
+these, such as `weight.data[3, 5] = 0`, goes unseen: `forget` is for that. Biases and LayerNorm parameters are read
+where they are.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,28 +28,50 @@ class Refused(Exception):  # noqa: N818
     """The layers need the general path; the argument says why."""
 
 
-class _Packed:
-    """Packed weights, and what they were made of. The arrays keep the memory that the C++ module reads."""
+@dataclass(eq=False)
+class Stack:
+    """Encoder layers as the engine sees them.
 
-    def __init__(self, layers: Sequence[EncoderLayerParts], tensors: list[list[Tensor]], key: list[Any]):
-        first = layers[0]
-        self.key = key
-        self.arrays = [[x.detach().numpy() for x in layer] for layer in tensors]
-        hidden_size, intermediate_size = tensors[0][0].shape[0], tensors[0][10].shape[0]
-        activation: Any = first.activation
-        self.encoder = _C.Encoder(hidden_size, hidden_size // first.head_size, intermediate_size, activation)
-        for layer, arrays in zip(layers, self.arrays, strict=True):
-            attention_norm: Any = layer.attention_norm
-            output_norm: Any = layer.output_norm
-            self.encoder.add_layer(arrays, attention_norm.eps, output_norm.eps, torch.get_num_threads())
+    Attributes:
+        layers: their parts.
+        refusal: why the engine does not serve them; None: it does.
+        tensors: their parameters, 16 a layer, in the order of _C.Encoder.add_layer.
+        in_8_bits: for each layer which of LINEARS multiply in 8 bits.
+        kind: what, beside the tensors, the packed form depends on.
+    """
+
+    layers: Sequence[EncoderLayerParts]
+    refusal: str | None = None
+    tensors: list[Tensor] = field(default_factory=list)
+    in_8_bits: list[list[bool]] = field(default_factory=list)
+    kind: tuple[Any, ...] = ()
+
+    def state(self) -> list[Any]:
+        """Changes whenever a tensor is replaced or, by autograd's count, written to."""
+        return [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in self.tensors]
 
 
-_packed: weakref.WeakKeyDictionary[nn.Module, _Packed] = weakref.WeakKeyDictionary()
+def stack(layers: Sequence[EncoderLayerParts], exact: frozenset[nn.Module] | None = None) -> Stack:
+    """Looks encoder layers through.
 
-
-def forget(owner: nn.Module) -> None:
-    """Gives up the packed weights of an encoder; the next call packs them anew."""
-    _packed.pop(owner, None)
+    Args:
+        layers: their parts.
+        exact: linear layers that multiply in float32 although the others do in 8 bits; None: all do.
+    """
+    result = Stack(layers)
+    try:
+        if not layers:
+            raise Refused("there are no layers")
+        for number, layer in enumerate(layers):
+            result.tensors += _tensors(layer, number)
+            result.in_8_bits.append([exact is not None and getattr(layer, name) not in exact for name in LINEARS])
+        _check_shapes(layers, result.tensors)
+    except Refused as refused:
+        return Stack(layers, str(refused))
+    norms: Any = [norm for layer in layers for norm in (layer.attention_norm, layer.output_norm)]
+    flags = (flag for layer in result.in_8_bits for flag in layer)
+    result.kind = (layers[0].activation, layers[0].head_size, *(norm.eps for norm in norms), *flags)
+    return result
 
 
 def _is_ordinary(x: Tensor | None) -> bool:
@@ -61,14 +85,14 @@ def _is_ordinary(x: Tensor | None) -> bool:
 
 
 def _tensors(layer: EncoderLayerParts, number: int) -> list[Tensor]:
-    """The layer's parameters in the order of _C.Encoder.add_layer.
-
+    """
     Raises:
         Refused: a part is not what the engine computes.
     """
     if not isinstance(layer.activation, str):
-        raise Refused(f"layer {number}: the activation is not GELU")
-    if layer.attention_dropout_p or dropout_rate(layer.attention_output_dropout) or dropout_rate(layer.output_dropout):
+        raise Refused("the activation is not GELU")
+    dropouts = (dropout_rate(layer.attention_output_dropout), dropout_rate(layer.output_dropout))
+    if layer.attention_dropout_p != 0.0 or dropouts != (0.0, 0.0):
         raise Refused("dropout is on")
     result: list[Tensor] = []
     modules = (
@@ -77,7 +101,7 @@ def _tensors(layer: EncoderLayerParts, number: int) -> list[Tensor]:
     )  # fmt: skip
     for module in modules:
         if not (is_plain(module, nn.Linear) or is_plain_norm(module)):
-            raise Refused(f"layer {number}: a {type(module).__name__} is not plain")
+            raise Refused(f"layer {number} has a {type(module).__name__} that is hooked or not torch's own")
         for name in ("weight", "bias"):
             tensor = module._parameters.get(name)
             if tensor is None or not _is_ordinary(tensor):
@@ -86,102 +110,114 @@ def _tensors(layer: EncoderLayerParts, number: int) -> list[Tensor]:
     return result
 
 
-def _check_shapes(tensors: list[list[Tensor]], head_size: int) -> None:
-    hidden, inner = tensors[0][0].shape[0], tensors[0][10].shape[0]
-    if head_size > ops.MAX_HEAD_SIZE or hidden % head_size != 0:
-        raise Refused(f"head size {head_size} of {hidden}")
+def _check_shapes(layers: Sequence[EncoderLayerParts], tensors: list[Tensor]) -> None:
+    if len({(layer.activation, layer.head_size) for layer in layers}) > 1:
+        raise Refused("the layers are of several kinds")
+    hidden, inner, head_size = tensors[0].shape[0], tensors[10].shape[0], layers[0].head_size
     square, vector = (hidden, hidden), (hidden,)
     wanted = [*[square, vector] * 4, vector, vector, (inner, hidden), (inner,), (hidden, inner), vector, vector, vector]
-    for layer in tensors:
-        if any(tuple(x.shape) != shape for x, shape in zip(layer, wanted, strict=True)):
-            raise Refused("layers of several shapes")
+    if hidden % head_size != 0 or any(
+        tuple(x.shape) != shape for x, shape in zip(tensors, wanted * len(layers), strict=True)
+    ):
+        raise Refused("the layers are of several shapes")
 
 
-def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version  # inference tensors have none
+class _Packed:
+    """Packed weights, and what they were made of. The arrays keep the memory that the C++ module reads."""
+
+    def __init__(self, stack: Stack, state: list[Any]) -> None:
+        self.stack = stack
+        self.state = state
+        self.arrays = [x.detach().numpy() for x in stack.tensors]
+        hidden_size, intermediate_size = self.arrays[0].shape[0], self.arrays[10].shape[0]
+        activation, head_size, *_ = stack.kind
+        self.encoder = _C.Encoder(hidden_size, hidden_size // head_size, intermediate_size, activation)
+        for number, layer in enumerate(stack.layers):
+            norms: Any = (layer.attention_norm, layer.output_norm)
+            self.encoder.add_layer(
+                self.arrays[16 * number : 16 * number + 16],
+                norms[0].eps,
+                norms[1].eps,
+                stack.in_8_bits[number],
+                torch.get_num_threads(),
+            )
+
+    def is_current(self, stack: Stack, state: list[Any]) -> bool:
+        if self.state != state or not self.encoder.is_current():
+            return False
+        if self.stack is not stack:  # the modules were looked through again
+            if self.stack.kind != stack.kind:
+                return False
+            self.stack = stack
+        return True
 
 
-def _refusal(layers: Sequence[EncoderLayerParts], hidden: Tensor) -> str | None:
-    if torch.compiler.is_compiling():
-        return "the call is compiled"
-    if not layers or hidden.shape[0] == 0:
-        return "nothing to compute"
-    choice = ops.choose("attention", hidden.device.type, hidden.dtype, layers[0].head_size)
+_packed: weakref.WeakKeyDictionary[nn.Module, _Packed] = weakref.WeakKeyDictionary()
+
+
+def forget(owner: nn.Module) -> None:
+    """Gives up the packed weights of an encoder; the next call packs them anew."""
+    _packed.pop(owner, None)
+
+
+def why_not(stack: Stack, hidden: Tensor) -> str | None:
+    """Why layers take the general path on such activations; None: the engine serves them."""
+    if stack.refusal is not None:
+        return stack.refusal
+    choice = ops.choose("attention", hidden.device.type, hidden.dtype, stack.layers[0].head_size)
     if choice.path != "cpp":
         return choice.reason
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
-    if torch.is_grad_enabled() and hidden.requires_grad:
-        return "gradients are wanted"
-    return None
-
-
-def _prepare(owner: nn.Module, layers: Sequence[EncoderLayerParts]) -> _Packed:
-    """
-    Raises:
-        Refused: the layers need the general path.
-    """
-    tensors = [_tensors(layer, number) for number, layer in enumerate(layers)]
-    if torch.is_grad_enabled() and any(x.requires_grad for layer in tensors for x in layer):
-        raise Refused("gradients are wanted")
-    norms: Any = [norm for layer in layers for norm in (layer.attention_norm, layer.output_norm)]
-    kinds = [(layer.activation, layer.head_size) for layer in layers]
-    key = [
-        *((x.data_ptr(), x.shape, _version(x)) for layer in tensors for x in layer),
-        *(norm.eps for norm in norms),
-        *kinds,
-    ]
-    packed = _packed.get(owner)
-    if packed is None or packed.key != key or not packed.encoder.is_current():
-        if len(set(kinds)) > 1:
-            raise Refused("layers of several kinds")
-        _check_shapes(tensors, layers[0].head_size)
-        packed = _packed[owner] = _Packed(layers, tensors, key)
-    return packed
-
-
-def why_not(owner: nn.Module, layers: Sequence[EncoderLayerParts], hidden: Tensor) -> str | None:
-    """Why a call on these layers takes the general path; None: the engine serves it. Packs the weights in passing."""
-    reason = _refusal(layers, hidden)
-    if reason is not None:
-        return reason
-    try:
-        _prepare(owner, layers)
-    except Refused as refused:
-        return str(refused)
+    if torch.is_grad_enabled() and (hidden.requires_grad or any(x.requires_grad for x in stack.tensors)):
+        return "gradients are recorded"
     return None
 
 
 def encode(
     owner: nn.Module,
-    layers: Sequence[EncoderLayerParts],
+    stack: Stack,
     hidden: Tensor,
     batch: PackedBatch,
     *,
     needs_all: bool = False,
+    rows: Tensor | None = None,
 ) -> list[Tensor] | None:
-    """The encoder layers on packed rows.
+    """Encoder layers on packed rows.
 
     Args:
         owner: the module that the packed weights live and die with.
-        layers: their parts.
+        stack: its layers.
         hidden: (tokens, hidden_size), the embeddings.
         batch: the boundaries.
         needs_all: whether every layer's output is wanted.
+        rows: (rows,) int64, the packed rows for which the last layer's output is wanted; None: all.
 
     Returns:
-        Every layer's output (tokens, hidden_size) or, unless needs_all, the last one's alone; None where the call needs
-        the general path.
+        Every layer's output (tokens, hidden_size) or, unless needs_all, the last one's alone, (rows, hidden_size) where
+        rows are given; None where the call needs the general path.
     """
-    if _refusal(layers, hidden) is not None:
+    if hidden.shape[0] == 0 or why_not(stack, hidden) is not None:
         return None
-    try:
-        packed = _prepare(owner, layers)
-    except Refused:
-        return None
+    state = stack.state()
+    packed = _packed.get(owner)
+    if packed is None or not packed.is_current(stack, state):
+        packed = _packed[owner] = _Packed(stack, state)
+    order = None if rows is None else rows.argsort()
     x = ops.host_array(hidden.detach())
-    outputs = [torch.empty(x.shape) for _ in (layers if needs_all else (None,))]
-    arrays = [output.numpy() for output in outputs]
-    targets = arrays if needs_all else arrays * len(layers)
-    packed.encoder.run(x, ops.host_array(batch.tiles), ops.TILE_SIZE, targets, torch.get_num_threads())
-    return outputs
+    last = torch.empty(x.shape if rows is None else (len(rows), x.shape[1]))
+    if needs_all:
+        before = [torch.empty(x.shape) for _ in stack.layers[1:]]
+    else:
+        before = [torch.empty(x.shape) if rows is not None else last] * (len(stack.layers) - 1)
+    packed.encoder.run(
+        x,
+        ops.host_array(batch.tiles),
+        ops.TILE_SIZE,
+        None if rows is None or order is None else ops.host_array(rows[order]),
+        [output.numpy() for output in (*before, last)],
+        torch.get_num_threads(),
+    )
+    if order is not None:
+        last = torch.empty_like(last).index_copy_(0, order, last)
+    return [*before, last] if needs_all else [last]

@@ -17,6 +17,7 @@
 
 #include "cpu/kernels.h"
 #include "encoder.h"
+#include "guard.h"
 #include "masking.h"
 #include "pool.h"
 
@@ -428,7 +429,7 @@ Encoder make_encoder(int64_t hidden_size, int64_t num_heads, int64_t intermediat
 
 // arrays: weight and bias of query, key, value, attention output, attention norm, intermediate, output, output norm.
 void add_encoder_layer(Encoder& encoder, const std::vector<py::array>& arrays, float attention_eps, float output_eps,
-                       int threads) {
+                       const std::array<bool, Encoder::kLinears>& in_8_bits, int threads) {
     constexpr size_t kArrays = 16;
     if (arrays.size() != kArrays)
         fail("arrays has " + std::to_string(arrays.size()) + " entries; " + std::to_string(kArrays) + " are needed");
@@ -450,25 +451,37 @@ void add_encoder_layer(Encoder& encoder, const std::vector<py::array>& arrays, f
                                      norm(14, "output_norm", output_eps)};
     checked_threads(threads);
     py::gil_scoped_release release;
-    encoder.add_layer(layer, threads);
+    encoder.add_layer(layer, in_8_bits, threads);
 }
 
 void run_encoder(const Encoder& encoder, const py::array& x, const py::array& tiles, int64_t tile_size,
-                 std::vector<py::array>& outputs, int threads) {
+                 const std::optional<py::array>& rows, std::vector<py::array>& outputs, int threads) {
     check_rank(x, "x", 2);
     const int64_t tokens = x.shape(0);
     const float* x_data = input<float>(x, "x", {tokens, encoder.hidden_size()});
-    const Tile* list = checked_tiles(tiles, tile_size, tokens);
+    Encoder::Batch batch{checked_tiles(tiles, tile_size, tokens), tiles.shape(0), tile_size, tokens, nullptr, 0};
+    if (rows) {
+        check_rank(*rows, "rows", 1);
+        batch.num_rows = rows->shape(0);
+        batch.rows = input<int64_t>(*rows, "rows", {batch.num_rows});
+        for (int64_t i = 0; i < batch.num_rows; ++i) {
+            const int64_t row = batch.rows[i];
+            if (row < 0 || row >= tokens || (i > 0 && row < batch.rows[i - 1]))
+                fail("rows[" + std::to_string(i) + "] is " + std::to_string(row) + "; ascending rows in [0, " +
+                     std::to_string(tokens) + ") are needed");
+        }
+    }
     if (static_cast<int64_t>(outputs.size()) != encoder.num_layers())
         fail("outputs has " + std::to_string(outputs.size()) + " entries; " + std::to_string(encoder.num_layers()) +
              " are needed, one for each layer");
     std::vector<float*> results;
-    for (py::array& result : outputs)
-        results.push_back(output<float>(result, "outputs", {tokens, encoder.hidden_size()}));
+    for (size_t i = 0; i < outputs.size(); ++i) {
+        const int64_t wanted = rows && i + 1 == outputs.size() ? batch.num_rows : tokens;
+        results.push_back(output<float>(outputs[i], "outputs", {wanted, encoder.hidden_size()}));
+    }
     checked_threads(threads);
-    const int64_t num_tiles = tiles.shape(0);
     py::gil_scoped_release release;
-    encoder.run(list, num_tiles, tile_size, tokens, x_data, results, threads);
+    encoder.run(batch, x_data, results, threads);
 }
 
 bool has_openmp() {
@@ -511,10 +524,16 @@ PYBIND11_MODULE(_C, module) {
         .def(py::init(&make_encoder), py::arg("hidden_size"), py::arg("num_heads"), py::arg("intermediate_size"),
              py::arg("approximate"))
         .def("add_layer", &add_encoder_layer, py::arg("arrays"), py::arg("attention_eps"), py::arg("output_eps"),
-             py::arg("threads"))
+             py::arg("in_8_bits"), py::arg("threads"))
         .def("is_current", &Encoder::is_current)
-        .def("run", &run_encoder, py::arg("x"), py::arg("tiles"), py::arg("tile_size"), py::arg("outputs"),
-             py::arg("threads"));
+        .def("run", &run_encoder, py::arg("x"), py::arg("tiles"), py::arg("tile_size"), py::arg("rows"),
+             py::arg("outputs"), py::arg("threads"));
+    py::class_<Guard>(module, "Guard")
+        .def(py::init<>())
+        .def("expect_type", &Guard::expect_type, py::arg("instance"))
+        .def("expect_size", &Guard::expect_size, py::arg("mapping"))
+        .def("expect_item", &Guard::expect_item, py::arg("mapping"), py::arg("key"))
+        .def("holds", &Guard::holds);
     module.def("instruction_set", [] { return std::string(cpu::kernels().instruction_set); });
     module.def("has_openmp", &has_openmp);
 }

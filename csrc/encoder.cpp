@@ -1,5 +1,6 @@
 #include "encoder.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -8,14 +9,8 @@
 namespace bert_fast {
 namespace {
 
-constexpr int64_t kSamples = 64;  // of each weight
-constexpr size_t kAlignment = 64 / sizeof(float);
-
-float* aligned(std::vector<float>& storage, int64_t size) {
-    storage.resize(size + kAlignment);
-    const auto address = reinterpret_cast<uintptr_t>(storage.data());
-    return storage.data() + (64 - address % 64) % 64 / sizeof(float);
-}
+constexpr int64_t kSamples = 8;  // of each weight
+constexpr size_t kAlignment = 64;
 
 }  // namespace
 
@@ -28,42 +23,66 @@ Encoder::Encoder(int64_t hidden_size, int64_t num_heads, int64_t intermediate_si
     shape_.attention.scale = 1.0f / std::sqrt(static_cast<float>(shape_.attention.head_size));
 }
 
-cpu::Linear Encoder::pack(const LinearArrays& linear, int64_t outputs, int64_t inputs, int threads) {
-    storage_.emplace_back();
-    float* packed = aligned(storage_.back(), cpu::kernels().packed_size(outputs, inputs));
-    cpu::kernels().pack_weight(linear.weight, outputs, inputs, packed, threads);
+template <typename T>
+T* Encoder::allocate(int64_t size) {
+    storage_.emplace_back(size * sizeof(T) + kAlignment);
+    char* start = storage_.back().data();
+    return reinterpret_cast<T*>(start + (kAlignment - reinterpret_cast<uintptr_t>(start) % kAlignment) % kAlignment);
+}
+
+cpu::Linear Encoder::pack(const LinearArrays& linear, int64_t outputs, int64_t inputs, bool in_8_bits, int threads) {
+    const cpu::Kernels& kernels = cpu::kernels();
     const int64_t size = outputs * inputs;
     for (int64_t i = 0; i < std::min(kSamples, size); ++i) {
         const float* place = linear.weight + size * i / std::min(kSamples, size);
-        samples_.push_back({place, *place});
+        uint32_t bits;
+        std::memcpy(&bits, place, sizeof(bits));
+        samples_.push_back({place, bits});
     }
-    return {packed, linear.bias};
+    if (in_8_bits) {
+        const int64_t columns = kernels.padded_outputs(outputs);
+        auto* bytes = allocate<int8_t>(kernels.quantised_size(outputs, inputs));
+        auto* scales = allocate<float>(columns);
+        auto* offsets = allocate<int32_t>(kernels.quantised_groups(inputs) * columns);
+        kernels.quantise_weight(linear.weight, outputs, inputs, bytes, scales, offsets, threads);
+        return {nullptr, {bytes, scales, offsets}, linear.bias};
+    }
+    auto* packed = allocate<float>(kernels.packed_size(outputs, inputs));
+    kernels.pack_weight(linear.weight, outputs, inputs, packed, threads);
+    return {packed, {}, linear.bias};
 }
 
-void Encoder::add_layer(const LayerArrays& arrays, int threads) {
+void Encoder::add_layer(const LayerArrays& arrays, const std::array<bool, kLinears>& in_8_bits, int threads) {
     const int64_t hidden = shape_.hidden_size;
     const int64_t inner = shape_.intermediate_size;
-    layers_.push_back({pack(arrays.query, hidden, hidden, threads), pack(arrays.key, hidden, hidden, threads),
-                       pack(arrays.value, hidden, hidden, threads),
-                       pack(arrays.attention_output, hidden, hidden, threads),
-                       pack(arrays.intermediate, inner, hidden, threads), pack(arrays.output, hidden, inner, threads),
-                       arrays.attention_norm, arrays.output_norm});
+    layers_.push_back({pack(arrays.query, hidden, hidden, in_8_bits[0], threads),
+                       pack(arrays.key, hidden, hidden, in_8_bits[1], threads),
+                       pack(arrays.value, hidden, hidden, in_8_bits[2], threads),
+                       pack(arrays.attention_output, hidden, hidden, in_8_bits[3], threads),
+                       pack(arrays.intermediate, inner, hidden, in_8_bits[4], threads),
+                       pack(arrays.output, hidden, inner, in_8_bits[5], threads), arrays.attention_norm,
+                       arrays.output_norm});
     shape_.num_layers = num_layers();
 }
 
 bool Encoder::is_current() const {
-    for (const Sample& sample : samples_)
-        if (std::memcmp(sample.place, &sample.value, sizeof(float)) != 0) return false;
-    return true;
+    uint32_t difference = 0;  // no early end: the reads miss the cache, and so wait for memory together
+    for (const Sample& sample : samples_) {
+        uint32_t now;
+        std::memcpy(&now, sample.place, sizeof(now));
+        difference |= now ^ sample.bits;
+    }
+    return difference == 0;
 }
 
-void Encoder::run(const Tile* tiles, int64_t num_tiles, int64_t tile_size, int64_t tokens, const float* input,
-                  const std::vector<float*>& outputs, int threads) const {
+void Encoder::run(const Batch& batch, const float* input, const std::vector<float*>& outputs, int threads) const {
     cpu::EncoderShape shape = shape_;
-    shape.attention.tiles = tiles;
-    shape.attention.num_tiles = num_tiles;
-    shape.attention.tile_size = tile_size;
-    shape.attention.tokens = tokens;
+    shape.attention.tiles = batch.tiles;
+    shape.attention.num_tiles = batch.num_tiles;
+    shape.attention.tile_size = batch.tile_size;
+    shape.attention.tokens = batch.tokens;
+    shape.rows = batch.rows;
+    shape.num_rows = batch.num_rows;
     const Buffer<float> workspace(cpu::kernels().encoder_workspace(shape, threads));
     cpu::kernels().encoder(shape, layers_.data(), input, outputs.data(), workspace.data(), threads);
 }

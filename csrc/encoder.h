@@ -1,6 +1,8 @@
 // A stack of encoder layers whose weights are packed for the CPU kernels.
 #pragma once
 
+#include <array>
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -24,8 +26,11 @@ class Encoder {
     Encoder(int64_t hidden_size, int64_t num_heads, int64_t intermediate_size, cpu::Gelu gelu);
     Encoder(Encoder&&) = default;  // and no copy: the layers point into storage_
 
-    // Packs the weights. Biases, norms and, for is_current, weights are read where they lie: they must outlive this.
-    void add_layer(const LayerArrays& arrays, int threads);
+    static constexpr size_t kLinears = 6;  // in the order of LayerArrays
+
+    // Packs the weights, those of the linear layers that `in_8_bits` names in 8 bits. Biases, norms and, for is_current,
+    // weights are read where they lie: they must outlive this.
+    void add_layer(const LayerArrays& arrays, const std::array<bool, kLinears>& in_8_bits, int threads);
 
     // Whether the weights still hold what was packed, as far as some elements of each show.
     bool is_current() const;
@@ -36,21 +41,32 @@ class Encoder {
     int64_t head_size() const { return shape_.attention.head_size; }
     int64_t intermediate_size() const { return shape_.intermediate_size; }
 
-    // outputs: one array (tokens, hidden_size) a layer; see cpu::EncoderShape.
-    void run(const Tile* tiles, int64_t num_tiles, int64_t tile_size, int64_t tokens, const float* input,
-             const std::vector<float*>& outputs, int threads) const;
+    struct Batch {
+        const Tile* tiles;
+        int64_t num_tiles;
+        int64_t tile_size;
+        int64_t tokens;
+        const int64_t* rows;  // of the last layer, see cpu::EncoderShape; null: all
+        int64_t num_rows;
+    };
+
+    // outputs: one array (tokens, hidden_size) a layer, the last one (num_rows, hidden_size) where rows are given.
+    void run(const Batch& batch, const float* input, const std::vector<float*>& outputs, int threads) const;
 
   private:
     struct Sample {
         const float* place;
-        float value;
+        uint32_t bits;
     };
 
-    cpu::Linear pack(const LinearArrays& linear, int64_t outputs, int64_t inputs, int threads);
+    cpu::Linear pack(const LinearArrays& linear, int64_t outputs, int64_t inputs, bool in_8_bits, int threads);
+
+    template <typename T>
+    T* allocate(int64_t size);
 
     cpu::EncoderShape shape_{};
     std::vector<cpu::EncoderLayer> layers_;
-    std::vector<std::vector<float>> storage_;
+    std::vector<std::vector<char>> storage_;
     std::vector<Sample> samples_;
 };
 

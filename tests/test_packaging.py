@@ -25,7 +25,7 @@ OPTIONAL = ("click", "rich", "sentence_transformers", "transformers", "triton")
 # Who may import whom when it is imported: only what stands further up in this list.
 LAYERS = (
     {"_C", "config", "kernels"},
-    {"ops", "reference"},
+    {"guard", "ops", "reference"},
     {"functional"},
     {"masking"},
     {"nn", "graphs"},

@@ -256,21 +256,29 @@ def positions_from_one(patch: pytest.MonkeyPatch) -> None:
 def engines_neighbours_seen(patch: pytest.MonkeyPatch) -> None:
     real = engine.encode
 
-    def encode(owner: Any, layers: Any, hidden: Tensor, batch: Any, **others: Any) -> Any:
+    def encode(owner: Any, stack: Any, hidden: Tensor, batch: Any, **others: Any) -> Any:
         tiles = masking.make_tiles(torch.tensor([0, len(hidden)]))
-        return real(owner, layers, hidden, replace(batch, tiles=tiles), **others)
+        return real(owner, stack, hidden, replace(batch, tiles=tiles), **others)
 
     patch.setattr(engine, "encode", encode)
 
 
 def engines_layer_lost(patch: pytest.MonkeyPatch) -> None:
     real = engine.encode
-    patch.setattr(engine, "encode", lambda owner, layers, *rest, **others: real(owner, layers[1:], *rest, **others))
+
+    def encode(owner: Any, stack: Any, *rest: Any, **others: Any) -> Any:
+        return real(owner, engine.stack(stack.layers[1:]), *rest, **others)
+
+    patch.setattr(engine, "encode", encode)
 
 
 def engines_weights_stale(patch: pytest.MonkeyPatch) -> None:
-    real = engine._tensors
-    patch.setattr(engine, "_tensors", lambda *layer: [x * 1.01 for x in real(*layer)])
+    real = engine.encode
+
+    def encode(owner: Any, stack: Any, *rest: Any, **others: Any) -> Any:
+        return real(owner, replace(stack, tensors=[x * 1.01 for x in stack.tensors]), *rest, **others)
+
+    patch.setattr(engine, "encode", encode)
 
 
 def without_engine(patch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from .. import engine, ops, reference
 from .. import nn as fast
 from ..config import BertConfig
 from ..graphs import GraphRunner
+from ..guard import Kept
 from ..masking import PackedBatch, unpad
 from .family import Call, Family, kept_rows
 
@@ -79,6 +80,10 @@ class Plan(NamedTuple):
 
     embeddings: Embeddings
     layers: list[Layer]
+    stack: engine.Stack
+
+
+_plans: Kept[Plan] = Kept()
 
 
 class Refused(Exception):  # noqa: N818
@@ -163,6 +168,14 @@ def layer_parts(layers: nn.Module, name: str) -> Layer:
     )
 
 
+def exact_linears(model: Any) -> frozenset[nn.Module] | None:
+    """The linear layers that swap(int8=True) leaves in float32; None: all, since it was not asked for."""
+    names: tuple[str, ...] | None = model.__dict__.get("bert_fast_int8_exact")
+    if names is None:
+        return None
+    return frozenset(part for name in names for part in model.get_submodule(name).modules())
+
+
 def model_parts(model: Any) -> Plan:
     """
     Raises:
@@ -171,6 +184,7 @@ def model_parts(model: Any) -> Plan:
     embeddings = _container(model, "embeddings", "BertEmbeddings")
     encoder = _container(model, "encoder", "BertEncoder")
     layers = _leaf(encoder, "layer")
+    parts = [layer_parts(layers, name) for name in layers._modules]
     return Plan(
         Embeddings(
             word=_leaf(embeddings, "word_embeddings"),
@@ -179,7 +193,8 @@ def model_parts(model: Any) -> Plan:
             norm=_leaf(embeddings, "LayerNorm"),
             dropout=_leaf(embeddings, "dropout"),
         ),
-        [layer_parts(layers, name) for name in layers._modules],
+        parts,
+        engine.stack(parts, exact_linears(model)),
     )
 
 
@@ -239,7 +254,9 @@ def plan(model: Any, call: Call) -> Plan | str:
     if reason is not None:
         return reason
     try:
-        return model_parts(model)
+        if torch.compiler.is_compiling():
+            return model_parts(model)
+        return _plans.get(model, functools.partial(model_parts, model))
     except Refused as refused:
         culprit, matter = refused.args
         name = next((name for name, module in model.named_modules() if module is culprit), "a module")
@@ -299,7 +316,9 @@ def _encode(
 ) -> Tensor:
     """(tokens, hidden_size); `kept` receives the embeddings and every layer's output."""
     hidden = fast.embed(parts.embeddings, batch, embeds)
-    outputs = engine.encode(model, parts.layers, hidden, batch, needs_all=kept is not None)
+    outputs = None
+    if not torch.compiler.is_compiling():
+        outputs = engine.encode(model, parts.stack, hidden, batch, needs_all=kept is not None)
     if outputs is not None:
         if kept is not None:
             kept += [hidden, *outputs]

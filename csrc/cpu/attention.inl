@@ -119,18 +119,25 @@ struct Scratch {
     }
 };
 
-inline void attention_tile(const AttentionShape& shape, const Tile& tile, int64_t head, ConstRows q, ConstRows k,
-                           ConstRows v, Rows out, float* log_sum_exp, Scratch& scratch) {
+// Some queries of one sequence, by one head. q and out begin with the first of them, which is row `first_row` of the
+// sequence; log_sum_exp may be null.
+struct Queries {
+    ConstRows q;
+    Rows out;
+    float* log_sum_exp;
+    int64_t count;
+    int64_t first_row;
+};
+
+inline void attend_queries(const AttentionShape& shape, const Tile& tile, int64_t head, const Queries& queries,
+                           ConstRows k, ConstRows v, Scratch& scratch) {
     const int64_t size = shape.head_size;
-    const int64_t first = int64_t{tile.sequence_start} + tile.first_row;
-    const int64_t queries = std::min<int64_t>(shape.tile_size, tile.num_rows - tile.first_row);
     const int64_t keys = tile.num_keys;
     const int64_t offset = head * size;
-    float* lse = log_sum_exp == nullptr ? nullptr : log_sum_exp + head * shape.tokens + first;
     if (keys == 0) {
-        for (int64_t i = 0; i < queries; ++i) {
-            std::fill_n(out.row(first + i) + offset, size, 0.0f);
-            if (lse != nullptr) lse[i] = -std::numeric_limits<float>::infinity();
+        for (int64_t i = 0; i < queries.count; ++i) {
+            std::fill_n(queries.out.row(i) + offset, size, 0.0f);
+            if (queries.log_sum_exp != nullptr) queries.log_sum_exp[i] = -std::numeric_limits<float>::infinity();
         }
         return;
     }
@@ -146,32 +153,43 @@ inline void attention_tile(const AttentionShape& shape, const Tile& tile, int64_
     transpose_padded(k.row(tile.sequence_start) + offset, k.stride, keys, size, padded_keys, k_transposed);
     copy_padded(v.row(tile.sequence_start) + offset, v.stride, keys, size, padded_size, v_padded);
 
-    const Strips strips(queries);
+    const Strips strips(queries.count);
     for (int64_t strip = 0; strip < strips.count; ++strip) {
         const int64_t row = strips.begin(strip);
         const int64_t count = strips.begin(strip + 1) - row;
         float inverse_sums[kQueryBlock];
-        multiply(q.row(first + row) + offset, q.stride, 1, k_transposed, padded_keys, count, size, padded_keys, scores,
+        multiply(queries.q.row(row) + offset, queries.q.stride, 1, k_transposed, padded_keys, count, size, padded_keys, scores,
                  padded_keys, false);
         for (int64_t i = 0; i < count; ++i) {
             float* weights = scores + i * padded_keys;
             const SoftmaxRow softmax = softmax_row(weights, keys, padded_keys, shape.scale);
             inverse_sums[i] = 1.0f / softmax.sum;
-            if (lse != nullptr) lse[row + i] = softmax.log_sum_exp;
+            if (queries.log_sum_exp != nullptr) queries.log_sum_exp[row + i] = softmax.log_sum_exp;
             if (!shape.dropout.is_on()) continue;
-            dropout_factors(shape.dropout, tile.sequence_start, head, tile.first_row + row + i, keys, factors);
+            dropout_factors(shape.dropout, tile.sequence_start, head, queries.first_row + row + i, keys, factors);
 #pragma omp simd
             for (int64_t j = 0; j < keys; ++j) weights[j] *= factors[j];
         }
         multiply(scores, padded_keys, 1, v_padded, padded_size, count, keys, padded_size, result, padded_size, false);
         for (int64_t i = 0; i < count; ++i) {
-            float* target = out.row(first + row + i) + offset;
+            float* target = queries.out.row(row + i) + offset;
             const float* from = result + i * padded_size;
             const float inverse = inverse_sums[i];
 #pragma omp simd
             for (int64_t d = 0; d < size; ++d) target[d] = from[d] * inverse;
         }
     }
+}
+
+inline void attention_tile(const AttentionShape& shape, const Tile& tile, int64_t head, ConstRows q, ConstRows k,
+                           ConstRows v, Rows out, float* log_sum_exp, Scratch& scratch) {
+    const int64_t first = int64_t{tile.sequence_start} + tile.first_row;
+    const Queries queries{{q.row(first), q.stride},
+                          {out.row(first), out.stride},
+                          log_sum_exp == nullptr ? nullptr : log_sum_exp + head * shape.tokens + first,
+                          std::min<int64_t>(shape.tile_size, tile.num_rows - tile.first_row),
+                          tile.first_row};
+    attend_queries(shape, tile, head, queries, k, v, scratch);
 }
 
 void attention(const AttentionShape& shape, ConstRows q, ConstRows k, ConstRows v, Rows out, float* log_sum_exp,

@@ -1,5 +1,6 @@
 // A stack of encoder layers in one parallel region. Rows meet only in attention; from there to the next layer's attention
 // a block of rows stays in one thread's cache. Where there are too few rows for that, the threads share out the columns.
+// Both ways add up the same terms in the same order, so a text's result depends neither on the threads nor on its batch.
 
 namespace bert_fast::cpu::BERT_FAST_ISA {
 
@@ -10,8 +11,8 @@ void pack_weight(const float* weight, int64_t outputs, int64_t inputs, float* pa
         pack_panels(weight, 1, inputs, inputs, outputs, panel, panel + 1, packed);
 }
 
-// Columns of the intermediate activation that exist at a time: FFN's second product begins before its first one ends.
-constexpr int64_t kSlicePanels = 384 / kPanel;
+// Columns of the intermediate activation that exist at a time: the last product begins before the one before it ends.
+constexpr int64_t kSlicePanels = kGroup / kPanel;
 
 struct GeluStrip {
     Gelu kind;
@@ -29,38 +30,81 @@ struct GeluStrip {
     }
 };
 
+// Rows of activations, and the same in 8 bits where a product wants them so.
+struct Activation {
+    float* values;
+    int64_t row;
+    int64_t width;
+    uint8_t* bytes;
+    int64_t byte_row;
+    float* scales;
+    int64_t scale_row;
+
+    Activation from_row(int64_t first) const {
+        return {values + first * row, row, width, bytes + first * byte_row, byte_row, scales + first * scale_row, scale_row};
+    }
+
+    // Some of its columns, the first of which begins a group.
+    Activation columns(int64_t first, int64_t count) const {
+        return {values + first, row, count, bytes + first, byte_row, scales + first / kGroup, scale_row};
+    }
+
+    void quantise(int64_t rows) const { quantise_rows(values, row, rows, width, bytes, byte_row, scales); }
+};
+
+// Hands out parts of an array.
+struct Workspace {
+    float* start;  // null where only the size is wanted
+    int64_t used;
+
+    float* take(int64_t size) {
+        used += size;
+        return start == nullptr ? nullptr : start + (used - size);
+    }
+
+    Workspace rest(int64_t offset = 0) const { return {start + used + offset, 0}; }
+
+    // An activation whose values are elsewhere: room for its bytes and scales.
+    static int64_t bytes_size(int64_t rows, int64_t width) {
+        return rows * (round_up(width, kQuad) / static_cast<int64_t>(sizeof(float)) + num_groups(width));
+    }
+
+    Activation activation(float* values, int64_t row, int64_t rows, int64_t width) {
+        const int64_t byte_row = round_up(width, kQuad);
+        auto* bytes = reinterpret_cast<uint8_t*>(take(rows * byte_row / static_cast<int64_t>(sizeof(float))));
+        return {values, row, width, bytes, byte_row, take(rows * num_groups(width)), num_groups(width)};
+    }
+};
+
 class EncoderStack {
   public:
     EncoderStack(const EncoderShape& shape, const EncoderLayer* layers, const float* input, float* const* outputs,
                  float* workspace, int threads)
         : shape_(shape), layers_(layers), input_(input), outputs_(outputs), threads_(threads),
-          tokens_(shape.attention.tokens), hidden_(shape.hidden_size), row_(row_size(shape)) {
-        query_ = workspace;
-        key_ = query_ + tokens_ * row_;
-        value_ = key_ + tokens_ * row_;
-        context_ = value_ + tokens_ * row_;
-        rest_ = context_ + tokens_ * row_;
+          tokens_(shape.attention.tokens), hidden_(shape.hidden_size), inner_(shape.intermediate_size),
+          row_(round_up(hidden_, kLanes)), slice_(std::min(kGroup, round_up(inner_, kLanes))), workspace_{workspace, 0} {
+        query_ = workspace_.take(tokens_ * row_);
+        key_ = workspace_.take(tokens_ * row_);
+        value_ = workspace_.take(tokens_ * row_);
+        context_ = workspace_.take(tokens_ * row_);
+        if (shape_.rows != nullptr) selected_ = workspace_.take(shape_.num_rows * hidden_);
     }
 
-    static int64_t row_size(const EncoderShape& shape) { return round_up(shape.hidden_size, kLanes); }
-
-    static bool shares_columns(const EncoderShape& shape, int threads) {
-        return threads > 1 && shape.attention.tokens < threads * kMinRowsPerThread;
-    }
-
-    static int64_t workspace(const EncoderShape& shape, int threads) {
-        const int64_t row = row_size(shape);
-        const int64_t everywhere = 4 * shape.attention.tokens * row;
-        if (shares_columns(shape, threads))
-            return everywhere + shape.attention.tokens * (2 * row + round_up(shape.intermediate_size, kLanes));
-        return everywhere + threads * block_workspace(shape);
+    int64_t workspace_size() const {
+        const int64_t used = workspace_.used;
+        if (shares_columns()) {
+            const int64_t inner_row = round_up(inner_, kLanes);
+            return used + tokens_ * (2 * row_ + inner_row) + 3 * Workspace::bytes_size(tokens_, hidden_) +
+                   Workspace::bytes_size(tokens_, inner_);
+        }
+        return used + threads_ * block_workspace();
     }
 
     void run() {
 #pragma omp parallel num_threads(threads_) if (threads_ > 1)
         {
             Scratch scratch;
-            if (shares_columns(shape_, threads_)) {
+            if (shares_columns()) {
                 run_by_columns(scratch);
             } else {
                 run_by_rows(scratch);
@@ -70,182 +114,301 @@ class EncoderStack {
 
   private:
     static constexpr int64_t kMinRowsPerThread = 24;
-    static constexpr int64_t kMaxBlockFloats = 48 * 1024;  // of one row-wise activation
+    static constexpr int64_t kMaxBlockFloats = 48 * 1024;  // of an activation in a block of rows
 
-    static int64_t max_block_rows(const EncoderShape& shape) {
-        return std::max<int64_t>(2 * kTileRows, kMaxBlockFloats / row_size(shape) / kTileRows * kTileRows);
-    }
-
-    static int64_t slice_size(const EncoderShape& shape) {
-        return std::min(kSlicePanels * kPanel, round_up(shape.intermediate_size, kLanes));
-    }
-
-    static int64_t block_workspace(const EncoderShape& shape) {
-        return (max_block_rows(shape) + kTileRows) * (2 * row_size(shape) + slice_size(shape));
-    }
+    bool shares_columns() const { return threads_ > 1 && tokens_ < threads_ * kMinRowsPerThread; }
 
     // ---- both ways ----
 
+    struct Part {  // of a layer
+        int64_t layer;
+        bool is_partial;  // the last one, for some rows
+        const float* x;   // (rows, hidden)
+        float* y;
+        int64_t rows;
+    };
+
+    bool is_partial(int64_t layer) const { return shape_.rows != nullptr && layer + 1 == shape_.num_layers; }
+
     const float* layer_input(int64_t layer) const { return layer == 0 ? input_ : outputs_[layer - 1]; }
 
-    Product product(const float* a, int64_t a_row, int64_t rows, const Linear& linear, int64_t depth, int64_t columns,
-                    float* c, int64_t c_row) const {
-        Product result{};
-        result.a = a;
-        result.a_row = a_row;
-        result.a_column = 1;
-        result.rows = rows;
-        result.panels = linear.weight;
-        result.panel_depth = depth;
-        result.depth = depth;
-        result.columns = columns;
-        result.bias = linear.bias;
-        result.c = c;
-        result.c_row = c_row;
-        return result;
+    Part part(int64_t layer) const {
+        if (is_partial(layer)) return {layer, true, selected_, outputs_[layer], shape_.num_rows};
+        return {layer, false, layer_input(layer), outputs_[layer], tokens_};
     }
 
-    // The part of the layer's last product that a slice of the intermediate activation gives. Both ways add up the same
-    // slices, so a text's result depends neither on the threads nor on the batch it is in.
-    Product second_product(const EncoderLayer& layer, int64_t rows, int64_t begin, const float* slice, int64_t slice_row,
-                           float* sums) const {
-        const int64_t inner = shape_.intermediate_size;
-        Product result = product(slice, slice_row, rows, layer.output, inner, hidden_, sums, row_);
-        result.first_depth = begin;
-        result.depth = std::min(slice_size(shape_), inner - begin);
-        result.accumulates = begin > 0;
-        if (begin + result.depth < inner) result.bias = nullptr;
-        return result;
+    // C = A W^T + b for some of its panels; of `depth` columns of A and W, from first_depth on.
+    struct Target {
+        float* c;
+        int64_t c_row;
+        int64_t first_column = 0;
+    };
+
+    template <typename Finish>
+    void multiply_linear(const Activation& a, int64_t rows, const Linear& linear, int64_t first_depth, int64_t depth,
+                         int64_t columns, const Target& target, int64_t first_panel, int64_t last_panel,
+                         const Finish& finish) const {
+        const bool ends = first_depth + a.width == depth;
+        const float* bias = ends ? linear.bias : nullptr;
+        if (linear.weight != nullptr) {
+            multiply_panels({a.values, a.row, 1, rows, linear.weight, depth, first_depth, a.width, columns, bias, target.c,
+                             target.c_row, target.first_column, first_depth > 0},
+                            first_panel, last_panel, finish);
+        } else {
+            multiply_byte_panels({a.bytes, a.byte_row, a.scales, a.scale_row, rows, linear.quantised, depth, first_depth,
+                                  a.width, columns, bias, target.c, target.c_row, target.first_column, first_depth > 0},
+                                 first_panel, last_panel, finish);
+        }
     }
 
-    void attend(Scratch& scratch) {
+    void gather_rows() {
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < shape_.num_rows; ++row)
+            std::memcpy(selected_ + row * hidden_, layer_input(shape_.num_layers - 1) + shape_.rows[row] * hidden_,
+                        hidden_ * sizeof(float));
+    }
+
+    void attend(bool is_partial, Scratch& scratch) {
         const AttentionShape& shape = shape_.attention;
 #pragma omp for schedule(dynamic)
-        for (int64_t item = 0; item < shape.num_tiles * shape.heads; ++item)
-            attention_tile(shape, shape.tiles[item / shape.heads], item % shape.heads, {query_, row_}, {key_, row_},
-                           {value_, row_}, {context_, row_}, nullptr, scratch);
+        for (int64_t item = 0; item < shape.num_tiles * shape.heads; ++item) {
+            const Tile& tile = shape.tiles[item / shape.heads];
+            const int64_t head = item % shape.heads;
+            const int64_t first = int64_t{tile.sequence_start} + tile.first_row;
+            int64_t query = first;
+            int64_t count = std::min<int64_t>(shape.tile_size, tile.num_rows - tile.first_row);
+            if (is_partial) {
+                const int64_t* end = shape_.rows + shape_.num_rows;
+                const int64_t* begin = std::lower_bound(shape_.rows, end, first);
+                query = begin - shape_.rows;
+                count = std::lower_bound(begin, end, first + count) - begin;
+            }
+            attend_queries(shape, tile, head,
+                           {{query_ + query * row_, row_}, {context_ + query * row_, row_}, nullptr, count, 0},
+                           {key_, row_}, {value_, row_}, scratch);
+        }
     }
 
-    void normalise(const Norm& norm, int64_t rows, const float* x, int64_t x_row, const float* residual, float* y) const {
+    void normalise(const Norm& norm, int64_t rows, const float* x, const float* residual, float* y) const {
         for (int64_t row = 0; row < rows; ++row) {
             float mean;
             float rstd;
-            layer_norm_row(hidden_, x + row * x_row, residual + row * hidden_, norm.weight, norm.bias, norm.eps,
+            layer_norm_row(hidden_, x + row * row_, residual + row * hidden_, norm.weight, norm.bias, norm.eps,
                            y + row * hidden_, mean, rstd);
         }
     }
 
+    static bool wants_bytes(const Linear& linear) { return linear.weight == nullptr; }
+
+    static bool wants_bytes(const EncoderLayer& layer) {
+        return wants_bytes(layer.query) || wants_bytes(layer.key) || wants_bytes(layer.value);
+    }
+
+    struct Projection {
+        const Linear* linear;
+        float* result;
+    };
+
+    std::array<Projection, 3> projections(int64_t layer) const {
+        const EncoderLayer& parts = layers_[layer];
+        return {{{&parts.query, query_}, {&parts.key, key_}, {&parts.value, value_}}};
+    }
+
     // ---- many rows: a block of them goes through a layer in one piece ----
 
-    void run_by_rows(Scratch& scratch) {
-        const int64_t blocks = num_blocks();
+    int64_t max_block_rows() const {
+        return std::max<int64_t>(2 * kTileRows, kMaxBlockFloats / row_ / kTileRows * kTileRows);
+    }
+
+    int64_t block_workspace() const {
+        const int64_t rows = max_block_rows() + kTileRows;
+        return rows * (2 * row_ + slice_) + Workspace::bytes_size(rows, hidden_) + Workspace::bytes_size(rows, slice_);
+    }
+
+    // A thread's own memory for a block.
+    struct Block {
+        float* sums;
+        float* attended;
+        Activation hidden;  // values are set for each use
+        Activation slice;
+    };
+
+    Block own_block() const {
 #ifdef _OPENMP
-        float* own = rest_ + omp_get_thread_num() * block_workspace(shape_);
+        const int thread = omp_get_thread_num();
 #else
-        float* own = rest_;
+        const int thread = 0;
 #endif
+        Workspace own = workspace_.rest(thread * block_workspace());
+        const int64_t rows = max_block_rows() + kTileRows;
+        float* sums = own.take(rows * row_);
+        float* attended = own.take(rows * row_);
+        float* slice = own.take(rows * slice_);
+        return {sums, attended, own.activation(nullptr, 0, rows, hidden_), own.activation(slice, slice_, rows, slice_)};
+    }
+
+    // Blocks of nearly one size, as many for each thread.
+    int64_t num_blocks(int64_t rows) const {
+        const int64_t most = max_block_rows() * threads_;
+        return threads_ * ((rows + most - 1) / most);
+    }
+
+    int64_t block_begin(int64_t rows, int64_t block) const {
+        const int64_t strips = (rows + kTileRows - 1) / kTileRows;
+        return std::min(rows, strips * block / num_blocks(rows) * kTileRows);
+    }
+
+    void run_by_rows(Scratch& scratch) {
+        const Block own = own_block();
+        const int64_t blocks = num_blocks(tokens_);
 #pragma omp for schedule(dynamic)
-        for (int64_t block = 0; block < blocks; ++block) project_heads(layers_[0], block, input_);
+        for (int64_t block = 0; block < blocks; ++block) project_block(0, block, own);
         for (int64_t layer = 0; layer < shape_.num_layers; ++layer) {
-            attend(scratch);
+            if (is_partial(layer)) {
+                gather_rows();
+#pragma omp for schedule(static)
+                for (int64_t block = 0; block < num_blocks(shape_.num_rows); ++block) project_selected(block, own);
+            }
+            attend(is_partial(layer), scratch);
+            const Part current = part(layer);
+            const int64_t count = num_blocks(current.rows);
 #pragma omp for schedule(dynamic)
-            for (int64_t block = 0; block < blocks; ++block) {
-                finish_layer(layers_[layer], block, layer_input(layer), outputs_[layer], own);
-                if (layer + 1 < shape_.num_layers) project_heads(layers_[layer + 1], block, outputs_[layer]);
+            for (int64_t block = 0; block < count; ++block) {
+                finish_block(current, block, own);
+                if (layer + 1 < shape_.num_layers) project_block(layer + 1, block, own);
             }
         }
     }
 
-    // Blocks of nearly one size, as many for each thread.
-    int64_t num_blocks() const {
-        const int64_t most = max_block_rows(shape_) * threads_;
-        return threads_ * ((tokens_ + most - 1) / most);
+    void project(const float* x, int64_t rows, int64_t first, Projection projection, const Block& own) const {
+        Activation a = own.hidden;
+        a.values = const_cast<float*>(x);
+        a.row = hidden_;
+        multiply_linear(a, rows, *projection.linear, 0, hidden_, hidden_, {projection.result + first * row_, row_}, 0,
+                        num_panels(hidden_), Nothing());
     }
 
-    int64_t block_begin(int64_t block) const {
-        const int64_t strips = (tokens_ + kTileRows - 1) / kTileRows;
-        return std::min(tokens_, strips * block / num_blocks() * kTileRows);
+    void quantise_hidden(const float* x, int64_t rows, const Block& own) const {
+        quantise_rows(x, hidden_, rows, hidden_, own.hidden.bytes, own.hidden.byte_row, own.hidden.scales);
     }
 
-    void project_heads(const EncoderLayer& layer, int64_t block, const float* x) {
-        const int64_t first = block_begin(block);
-        const int64_t rows = block_begin(block + 1) - first;
+    void project_block(int64_t layer, int64_t block, const Block& own) const {
+        const int64_t first = block_begin(tokens_, block);
+        const int64_t rows = block_begin(tokens_, block + 1) - first;
         if (rows == 0) return;
-        const Linear* linears[] = {&layer.query, &layer.key, &layer.value};
-        float* const results[] = {query_, key_, value_};
-        for (int i = 0; i < 3; ++i)
-            multiply_panels(product(x + first * hidden_, hidden_, rows, *linears[i], hidden_, hidden_,
-                                    results[i] + first * row_, row_),
-                            0, num_panels(hidden_), Nothing());
+        const float* x = layer_input(layer) + first * hidden_;
+        if (wants_bytes(layers_[layer])) quantise_hidden(x, rows, own);
+        const auto all = projections(layer);
+        for (size_t i = is_partial(layer) ? 1 : 0; i < all.size(); ++i) project(x, rows, first, all[i], own);
     }
 
-    void finish_layer(const EncoderLayer& layer, int64_t block, const float* x, float* y, float* own) {
-        const int64_t first = block_begin(block);
-        const int64_t rows = block_begin(block + 1) - first;
+    // The queries of the rows that are wanted.
+    void project_selected(int64_t block, const Block& own) const {
+        const int64_t first = block_begin(shape_.num_rows, block);
+        const int64_t rows = block_begin(shape_.num_rows, block + 1) - first;
         if (rows == 0) return;
-        const int64_t inner = shape_.intermediate_size;
-        const int64_t slice = slice_size(shape_);
-        float* sums = own;
-        float* attended = sums + rows * row_;
-        float* activation = attended + rows * row_;
-        multiply_panels(product(context_ + first * row_, row_, rows, layer.attention_output, hidden_, hidden_, sums, row_),
-                        0, num_panels(hidden_), Nothing());
-        normalise(layer.attention_norm, rows, sums, row_, x + first * hidden_, attended);
-        const int64_t last_panel = num_panels(inner);
-        for (int64_t panel = 0; panel < last_panel; panel += kSlicePanels) {
-            const int64_t stop = std::min(panel + kSlicePanels, last_panel);
-            const int64_t begin = panel * kPanel;
-            Product first_product = product(attended, hidden_, rows, layer.intermediate, hidden_, inner, activation, slice);
-            first_product.first_column = begin;
-            multiply_panels(first_product, panel, stop, GeluStrip{shape_.gelu});
-            multiply_panels(second_product(layer, rows, begin, activation, slice, sums), 0, num_panels(hidden_), Nothing());
+        const float* x = selected_ + first * hidden_;
+        const Projection query = projections(shape_.num_layers - 1)[0];
+        if (wants_bytes(*query.linear)) quantise_hidden(x, rows, own);
+        project(x, rows, first, query, own);
+    }
+
+    void finish_block(const Part& part, int64_t block, const Block& own) const {
+        const int64_t first = block_begin(part.rows, block);
+        const int64_t rows = block_begin(part.rows, block + 1) - first;
+        if (rows == 0) return;
+        const EncoderLayer& layer = layers_[part.layer];
+        const int64_t panels = num_panels(hidden_);
+        Activation context = own.hidden;
+        context.values = context_ + first * row_;
+        context.row = row_;
+        if (wants_bytes(layer.attention_output)) context.quantise(rows);
+        multiply_linear(context, rows, layer.attention_output, 0, hidden_, hidden_, {own.sums, row_}, 0, panels, Nothing());
+        normalise(layer.attention_norm, rows, own.sums, part.x + first * hidden_, own.attended);
+
+        Activation attended = own.hidden;
+        attended.values = own.attended;
+        attended.row = hidden_;
+        if (wants_bytes(layer.intermediate)) attended.quantise(rows);
+        for (int64_t begin = 0; begin < inner_; begin += slice_) {
+            Activation slice = own.slice;
+            slice.width = std::min(slice_, inner_ - begin);
+            multiply_linear(attended, rows, layer.intermediate, 0, hidden_, inner_, {slice.values, slice_, begin},
+                            begin / kPanel, std::min(begin / kPanel + kSlicePanels, num_panels(inner_)),
+                            GeluStrip{shape_.gelu});
+            if (wants_bytes(layer.output)) slice.quantise(rows);
+            multiply_linear(slice, rows, layer.output, begin, inner_, hidden_, {own.sums, row_}, 0, panels, Nothing());
         }
-        normalise(layer.output_norm, rows, sums, row_, attended, y + first * hidden_);
+        normalise(layer.output_norm, rows, own.sums, own.attended, part.y + first * hidden_);
     }
 
     // ---- few rows: every product is shared out by its panels ----
 
-    template <typename Finish>
-    void share_out(const Product& whole, const Finish& finish) {
-        const int64_t panels = num_panels(whole.columns);
+    void share_out_bytes(bool is_wanted, const Activation& a, int64_t rows) const {
+        if (!is_wanted) return;
 #pragma omp for schedule(static)
-        for (int64_t panel = 0; panel < panels; ++panel) multiply_panels(whole, panel, panel + 1, finish);
+        for (int64_t row = 0; row < rows; ++row) a.from_row(row).quantise(1);
     }
 
-    void share_out_norm(const Norm& norm, const float* x, const float* residual, float* y) {
+    void share_out_norm(const Norm& norm, int64_t rows, const float* x, const float* residual, float* y) const {
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < tokens_; ++row)
-            normalise(norm, 1, x + row * row_, row_, residual + row * hidden_, y + row * hidden_);
+        for (int64_t row = 0; row < rows; ++row)
+            normalise(norm, 1, x + row * row_, residual + row * hidden_, y + row * hidden_);
+    }
+
+    void share_out_projections(const Activation& x, int64_t rows, const Projection* first, int64_t count) const {
+        const int64_t panels = num_panels(hidden_);
+#pragma omp for schedule(static)
+        for (int64_t item = 0; item < count * panels; ++item)
+            multiply_linear(x, rows, *first[item / panels].linear, 0, hidden_, hidden_,
+                            {first[item / panels].result, row_}, item % panels, item % panels + 1, Nothing());
     }
 
     void run_by_columns(Scratch& scratch) {
-        const int64_t inner_row = round_up(shape_.intermediate_size, kLanes);
-        float* sums = rest_;
-        float* attended = sums + tokens_ * row_;
-        float* activation = attended + tokens_ * row_;
+        const int64_t inner_row = round_up(inner_, kLanes);
+        Workspace rest = workspace_.rest();
+        float* sums = rest.take(tokens_ * row_);
+        const Activation attended = rest.activation(rest.take(tokens_ * row_), hidden_, tokens_, hidden_);
+        const Activation context = rest.activation(context_, row_, tokens_, hidden_);
+        const Activation activation = rest.activation(rest.take(tokens_ * inner_row), inner_row, tokens_, inner_);
+        Activation x = rest.activation(nullptr, hidden_, tokens_, hidden_);
+        const int64_t panels = num_panels(hidden_);
+        const int64_t inner_panels = num_panels(inner_);
         for (int64_t i = 0; i < shape_.num_layers; ++i) {
             const EncoderLayer& layer = layers_[i];
-            const float* x = layer_input(i);
-            const Linear* linears[] = {&layer.query, &layer.key, &layer.value};
-            float* const results[] = {query_, key_, value_};
-            const int64_t panels = num_panels(hidden_);
-#pragma omp for schedule(static)
-            for (int64_t item = 0; item < 3 * panels; ++item)
-                multiply_panels(product(x, hidden_, tokens_, *linears[item / panels], hidden_, hidden_,
-                                        results[item / panels], row_),
-                                item % panels, item % panels + 1, Nothing());
-            attend(scratch);
-            share_out(product(context_, row_, tokens_, layer.attention_output, hidden_, hidden_, sums, row_), Nothing());
-            share_out_norm(layer.attention_norm, sums, x, attended);
-            share_out(product(attended, hidden_, tokens_, layer.intermediate, hidden_, shape_.intermediate_size,
-                              activation, inner_row),
-                      GeluStrip{shape_.gelu});
+            const auto heads = projections(i);
+            x.values = const_cast<float*>(layer_input(i));
+            share_out_bytes(wants_bytes(layer), x, tokens_);
+            if (is_partial(i)) {
+                share_out_projections(x, tokens_, &heads[1], 2);
+                gather_rows();
+                x.values = selected_;
+                share_out_bytes(wants_bytes(layer.query), x, shape_.num_rows);
+                share_out_projections(x, shape_.num_rows, &heads[0], 1);
+            } else {
+                share_out_projections(x, tokens_, &heads[0], 3);
+            }
+            attend(is_partial(i), scratch);
+            const Part current = part(i);
+            const int64_t rows = current.rows;
+            share_out_bytes(wants_bytes(layer.attention_output), context, rows);
 #pragma omp for schedule(static)
             for (int64_t panel = 0; panel < panels; ++panel)
-                for (int64_t begin = 0; begin < shape_.intermediate_size; begin += slice_size(shape_))
-                    multiply_panels(second_product(layer, tokens_, begin, activation + begin, inner_row, sums), panel,
-                                    panel + 1, Nothing());
-            share_out_norm(layer.output_norm, sums, attended, outputs_[i]);
+                multiply_linear(context, rows, layer.attention_output, 0, hidden_, hidden_, {sums, row_}, panel, panel + 1,
+                                Nothing());
+            share_out_norm(layer.attention_norm, rows, sums, current.x, attended.values);
+            share_out_bytes(wants_bytes(layer.intermediate), attended, rows);
+#pragma omp for schedule(static)
+            for (int64_t panel = 0; panel < inner_panels; ++panel)
+                multiply_linear(attended, rows, layer.intermediate, 0, hidden_, inner_, {activation.values, inner_row},
+                                panel, panel + 1, GeluStrip{shape_.gelu});
+            share_out_bytes(wants_bytes(layer.output), activation, rows);
+#pragma omp for schedule(static)
+            for (int64_t panel = 0; panel < panels; ++panel)
+                for (int64_t begin = 0; begin < inner_; begin += slice_)
+                    multiply_linear(activation.columns(begin, std::min(slice_, inner_ - begin)), rows, layer.output, begin,
+                                    inner_, hidden_, {sums, row_}, panel, panel + 1, Nothing());
+            share_out_norm(layer.output_norm, rows, sums, attended.values, current.y);
         }
     }
 
@@ -254,11 +417,15 @@ class EncoderStack {
     const float* input_;
     float* const* outputs_;
     int threads_;
-    int64_t tokens_, hidden_, row_;
-    float *query_, *key_, *value_, *context_, *rest_;
+    int64_t tokens_, hidden_, inner_, row_, slice_;
+    Workspace workspace_;
+    float *query_, *key_, *value_, *context_;
+    float* selected_ = nullptr;
 };
 
-int64_t encoder_workspace(const EncoderShape& shape, int threads) { return EncoderStack::workspace(shape, threads); }
+int64_t encoder_workspace(const EncoderShape& shape, int threads) {
+    return EncoderStack(shape, nullptr, nullptr, nullptr, nullptr, threads).workspace_size();
+}
 
 void encoder(const EncoderShape& shape, const EncoderLayer* layers, const float* input, float* const* outputs,
              float* workspace, int threads) {

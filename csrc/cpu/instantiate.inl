@@ -2,6 +2,7 @@
 #include "common.inl"
 #include "philox.inl"
 #include "gemm.inl"
+#include "int8.inl"
 #include "attention.inl"
 #include "gelu.inl"
 #include "layer_norm.inl"
@@ -25,6 +26,10 @@ const Kernels BERT_FAST_NAME(BERT_FAST_ISA) = {
     BERT_FAST_ISA::gelu_backward,
     BERT_FAST_ISA::packed_size,
     BERT_FAST_ISA::pack_weight,
+    BERT_FAST_ISA::quantised_size,
+    BERT_FAST_ISA::quantise_weight,
+    BERT_FAST_ISA::padded_outputs,
+    BERT_FAST_ISA::num_groups,
     BERT_FAST_ISA::encoder_workspace,
     BERT_FAST_ISA::encoder,
     BERT_FAST_ISA::prefix_lengths,

@@ -53,9 +53,17 @@ struct AttentionGradients {
 
 enum class Gelu { erf, tanh };
 
-// y = x W^T + b with the weight packed.
+// A weight in 8 bits, as Kernels::quantise_weight leaves it.
+struct Quantised {
+    const int8_t* weight;
+    const float* scales;
+    const int32_t* offsets;
+};
+
+// y = x W^T + b with the weight packed, in one of the two ways.
 struct Linear {
-    const float* weight;
+    const float* weight;  // null where the other is there
+    Quantised quantised;
     const float* bias;
 };
 
@@ -74,6 +82,8 @@ struct EncoderLayer {
 // neighbours may be the same array. `workspace` holds encoder_workspace floats.
 struct EncoderShape {
     AttentionShape attention;  // tokens, heads, head_size
+    const int64_t* rows;       // ascending: the last layer's result is wanted for these alone; null: for all
+    int64_t num_rows;
     int64_t num_layers;
     int64_t hidden_size;
     int64_t intermediate_size;
@@ -111,6 +121,13 @@ struct Kernels {
 
     // The weight (outputs, inputs) of a linear layer, in the order in which `encoder` reads it.
     void (*pack_weight)(const float* weight, int64_t outputs, int64_t inputs, float* packed, int threads);
+
+    // The same in 8 bits: quantised_size bytes; scales (padded_outputs); offsets (quantised_groups, padded_outputs).
+    int64_t (*quantised_size)(int64_t outputs, int64_t inputs);
+    void (*quantise_weight)(const float* weight, int64_t outputs, int64_t inputs, int8_t* bytes, float* scales,
+                            int32_t* offsets, int threads);
+    int64_t (*padded_outputs)(int64_t outputs);
+    int64_t (*quantised_groups)(int64_t inputs);
 
     // Post-norm encoder layers (Devlin et al. 2018; Vaswani et al. 2017, section 3.1), without dropout.
     int64_t (*encoder_workspace)(const EncoderShape&, int threads);
