@@ -39,6 +39,7 @@ setup(
             ],
             depends=[
                 "csrc/masking.h",
+                "csrc/arena.h",
                 "csrc/encoder.h",
                 "csrc/guard.h",
                 "csrc/philox.h",

@@ -10,7 +10,6 @@ namespace bert_fast {
 namespace {
 
 constexpr int64_t kSamples = 8;  // of each weight
-constexpr size_t kAlignment = 64;
 
 }  // namespace
 
@@ -21,13 +20,6 @@ Encoder::Encoder(int64_t hidden_size, int64_t num_heads, int64_t intermediate_si
     shape_.attention.heads = num_heads;
     shape_.attention.head_size = hidden_size / num_heads;
     shape_.attention.scale = 1.0f / std::sqrt(static_cast<float>(shape_.attention.head_size));
-}
-
-template <typename T>
-T* Encoder::allocate(int64_t size) {
-    storage_.emplace_back(size * sizeof(T) + kAlignment);
-    char* start = storage_.back().data();
-    return reinterpret_cast<T*>(start + (kAlignment - reinterpret_cast<uintptr_t>(start) % kAlignment) % kAlignment);
 }
 
 cpu::Linear Encoder::pack(const LinearArrays& linear, int64_t outputs, int64_t inputs, bool in_8_bits, int threads) {
@@ -41,13 +33,13 @@ cpu::Linear Encoder::pack(const LinearArrays& linear, int64_t outputs, int64_t i
     }
     if (in_8_bits) {
         const int64_t columns = kernels.padded_outputs(outputs);
-        auto* bytes = allocate<int8_t>(kernels.quantised_size(outputs, inputs));
-        auto* scales = allocate<float>(columns);
-        auto* offsets = allocate<int32_t>(kernels.quantised_groups(inputs) * columns);
+        auto* bytes = storage_.take<int8_t>(kernels.quantised_size(outputs, inputs));
+        auto* scales = storage_.take<float>(columns);
+        auto* offsets = storage_.take<int32_t>(kernels.quantised_groups(inputs) * columns);
         kernels.quantise_weight(linear.weight, outputs, inputs, bytes, scales, offsets, threads);
         return {nullptr, {bytes, scales, offsets}, linear.bias};
     }
-    auto* packed = allocate<float>(kernels.packed_size(outputs, inputs));
+    auto* packed = storage_.take<float>(kernels.packed_size(outputs, inputs));
     kernels.pack_weight(linear.weight, outputs, inputs, packed, threads);
     return {packed, {}, linear.bias};
 }
@@ -63,6 +55,8 @@ void Encoder::add_layer(const LayerArrays& arrays, const std::array<bool, kLinea
                        pack(arrays.output, hidden, inner, in_8_bits[5], threads), arrays.attention_norm,
                        arrays.output_norm});
     shape_.num_layers = num_layers();
+    count_in_8_bits_ += std::count(in_8_bits.begin(), in_8_bits.end(), true);
+    shape_.is_in_8_bits = 2 * count_in_8_bits_ > num_layers() * static_cast<int64_t>(kLinears);
 }
 
 bool Encoder::is_current() const {

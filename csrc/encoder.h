@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "arena.h"
 #include "cpu/kernels.h"
 
 namespace bert_fast {
@@ -61,12 +62,11 @@ class Encoder {
 
     cpu::Linear pack(const LinearArrays& linear, int64_t outputs, int64_t inputs, bool in_8_bits, int threads);
 
-    template <typename T>
-    T* allocate(int64_t size);
 
     cpu::EncoderShape shape_{};
     std::vector<cpu::EncoderLayer> layers_;
-    std::vector<std::vector<char>> storage_;
+    int64_t count_in_8_bits_ = 0;
+    Arena storage_;
     std::vector<Sample> samples_;
 };
 

@@ -248,6 +248,14 @@ def _mode_refusal(model: Any) -> str | None:
     return None
 
 
+def stack(model: Any) -> engine.Stack:
+    """The layers as the CPU engine sees them."""
+    try:
+        return model_parts(model).stack
+    except Refused as refused:
+        return engine.Stack([], f"{type(refused.args[0]).__name__} {refused.args[1]}")
+
+
 def plan(model: Any, call: Call) -> Plan | str:
     """The model's parts, or why the call takes the original path."""
     reason = _mode_refusal(model) or _argument_refusal(model, call) or _config_refusal(model)
@@ -468,6 +476,7 @@ FAMILY: Family = Family(
     steps=("__call__", "forward", "_create_attention_masks", "get_extended_attention_mask", "get_head_mask"),
     plan=plan,
     run=run,
+    stack=stack,
     oracle=oracle,
     kept_rows={
         "BertForMaskedLM": _labelled,

@@ -12,7 +12,7 @@ import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -35,13 +35,15 @@ FRAMEWORKS = frozenset({"accelerate", "bert_fast", "sentence_transformers", "tor
 
 
 class Swapped:
-    """Marks a swapped class. The attributes belong to the class, but for `bert_fast_calls`, which counts paths, and
-    `bert_fast_graphs`, which holds CUDA graphs if those are wanted."""
+    """Marks a swapped class. The attributes belong to the class, but for those of an encoder's instance:
+    `bert_fast_calls` counts paths, `bert_fast_graphs` holds CUDA graphs if those are wanted, `bert_fast_int8_exact`
+    names the modules that multiply in float32 although the others do in 8 bits, and is None where all do."""
 
     bert_fast_family: Family
     bert_fast_base: type[nn.Module]
     bert_fast_calls: Counter[str]
     bert_fast_graphs: GraphRunner
+    bert_fast_int8_exact: tuple[str, ...] | None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time: pickle and deepcopy rebuild it from the class that can be imported.
@@ -163,7 +165,7 @@ def is_off() -> bool:
     return os.environ.get("BERT_FAST", "").lower() == "off"
 
 
-def swap(model: Model, *, cuda_graphs: bool = False) -> Model:
+def swap(model: Model, *, cuda_graphs: bool = False, int8: bool = False, int8_exact: Sequence[str] = ()) -> Model:
     """Gives every known encoder in the model the fast forward, in place. Once swapped, a model stays as it is.
 
     Parameters, their names, hooks, the training mode and the class's name stay; calls that the fast path does not serve
@@ -174,13 +176,19 @@ def swap(model: Model, *, cuda_graphs: bool = False) -> Model:
         cuda_graphs: whether, on a GPU and without gradients, batches of up to graphs.MAX_TOKENS tokens are replayed
             from CUDA graphs, which are kept for buckets of token counts. Calls at the same time, from other threads or
             on other streams, need a model each. swap(model, cuda_graphs=False) on a swapped model ends it.
+        int8: whether, on a CPU and without gradients, the encoder's linear layers multiply in 8 bits: weights with a
+            scale for each output, activations with a scale for each token and 384 features, found as they come.
+            Attention, LayerNorm and sums stay in float32, and so do the parameters: saving and training see nothing of
+            it. `verify` then checks what it costs in accuracy. swap(model, int8=False) on a swapped model ends it.
+        int8_exact: names of modules, as in model.named_modules(), whose linear layers multiply in float32 all the same.
 
     Returns:
         The same object.
 
     Raises:
         TypeError: not a module.
-        ValueError: nothing in it is known; the message lists what is.
+        ValueError: nothing in it is known, and the message lists what is; or int8_exact names a module that no encoder
+            has.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}; a torch.nn.Module is needed")
@@ -199,14 +207,45 @@ def swap(model: Model, *, cuda_graphs: bool = False) -> Model:
     if not any(_is_encoder_class(cls) for _, cls in classes) and next(swapped_encoders(model), None) is None:
         known = ", ".join(f"{family.name} ({family.module}.{family.encoder})" for family in FAMILIES)
         raise ValueError(f"{type(model).__name__} holds no encoder that bert_fast knows; it knows {known}")
+    exact = _exact_names(model, [*swapped_encoders(model), *_named(model, classes)], int8_exact)
     for module, cls in classes:
         module.__class__ = cls
-    for _, encoder in swapped_encoders(model):
+    for name, encoder in swapped_encoders(model):
+        encoder.__dict__["bert_fast_int8_exact"] = exact.get(name, ()) if int8 else None
         if cuda_graphs and "bert_fast_graphs" not in encoder.__dict__:
             object.__setattr__(encoder, "bert_fast_graphs", GraphRunner())
         elif not cuda_graphs:
             encoder.__dict__.pop("bert_fast_graphs", None)
     return model
+
+
+def _named(model: nn.Module, classes: list[tuple[nn.Module, type[nn.Module]]]) -> Iterator[tuple[str, nn.Module]]:
+    """The encoders among modules that are about to be swapped."""
+    encoders = {module for module, cls in classes if _is_encoder_class(cls)}
+    return ((name, module) for name, module in model.named_modules() if module in encoders)
+
+
+def _exact_names(
+    model: nn.Module, encoders: list[tuple[str, nn.Module]], wanted: Sequence[str]
+) -> dict[str, tuple[str, ...]]:
+    """For each encoder the names, within it, of the modules that are to multiply in float32."""
+    if isinstance(wanted, str):
+        raise ValueError(f"int8_exact is the string {wanted!r}; a sequence of names is needed")
+    modules = dict(model.named_modules())
+    result: dict[str, tuple[str, ...]] = {}
+    for name in wanted:
+        owners = [
+            (encoder_name, inner)
+            for encoder_name, encoder in encoders
+            for inner, module in encoder.named_modules()
+            if module is modules.get(name)
+        ]
+        if not owners:
+            known = ", ".join(repr(encoder_name) for encoder_name, _ in encoders)
+            raise ValueError(f"int8_exact names {name!r}, which is no module of an encoder; the encoders are {known}")
+        for encoder_name, inner in owners:
+            result[encoder_name] = (*result.get(encoder_name, ()), inner)
+    return result
 
 
 def restore(model: Model) -> Model:
@@ -215,9 +254,26 @@ def restore(model: Model) -> Model:
         if isinstance(module, Swapped):
             module.__class__ = module.bert_fast_base  # type: ignore[assignment]
             engine.forget(module)
-            for name in ("bert_fast_calls", "bert_fast_graphs"):
+            for name in ("bert_fast_calls", "bert_fast_graphs", "bert_fast_int8_exact"):
                 module.__dict__.pop(name, None)
     return model
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """Within it no encoder multiplies in 8 bits."""
+    names = {encoder: encoder.__dict__["bert_fast_int8_exact"] for _, encoder in swapped_encoders(model)}
+    for encoder in names:
+        encoder.__dict__["bert_fast_int8_exact"] = None
+    try:
+        yield
+    finally:
+        for encoder, exact in names.items():
+            encoder.__dict__["bert_fast_int8_exact"] = exact
+
+
+def is_in_8_bits(encoder: nn.Module) -> bool:
+    return encoder.__dict__.get("bert_fast_int8_exact") is not None
 
 
 @contextmanager

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import engine
+
 Call = Mapping[str, Any]
 """The arguments of a forward call by name, defaults left out."""
 
@@ -56,6 +58,7 @@ class Family:
         steps: methods of the encoder that the fast forward stands in for; a subclass that changes one is not known.
         plan: the parts that a call runs on, or, as a string, why it takes the original path.
         run: the fast forward of the encoder, given the plan.
+        stack: the encoder's layers as the CPU engine sees them.
         oracle: the encoder's last hidden state (batch, length, hidden_size), in float64 on the CPU.
         kept_rows: for heads that read hidden rows: class -> (call -> (batch, length) bool, or None).
     """
@@ -66,5 +69,6 @@ class Family:
     steps: tuple[str, ...]
     plan: Callable[[Any, Call], Any]
     run: Callable[[Any, Call, Any], Any]
+    stack: Callable[[Any], engine.Stack]
     oracle: Callable[[Any, Call], Tensor]
     kept_rows: Mapping[str, Callable[[Call], Tensor | None]]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import _C, ops
-from .core import FAST, Swapped, is_off, swapped_encoders
+from .. import _C, engine, ops
+from .core import FAST, Swapped, is_in_8_bits, is_off, swapped_encoders
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,23 @@ def _parts(encoder: Any) -> tuple[Part, ...]:
     for op, width in widths.items():
         choice = ops.choose(op, device, dtype, width)  # type: ignore[arg-type]
         parts.append(Part(op, choice.path, choice.reason))
-    rate = config.attention_probs_dropout_prob
-    if rate > 0:
-        parts.append(Part("  training", "torch", f"attention with dropout {rate}"))
+    if device == "cpu":
+        parts.append(_engine_part(encoder, parameter))
     parts.append(Part("linear", "torch", "the library's matrix product, on real tokens alone"))
     return tuple(parts)
+
+
+def _engine_part(encoder: Any, parameter: Any) -> Part:
+    """Whether calls without gradients run through the CPU engine, in which case they use none of the other parts."""
+    with torch.no_grad():
+        reason = engine.why_not(encoder.bert_fast_family.stack(encoder), parameter)
+    if reason is not None:
+        return Part("layers", "torch", f"each part by itself, since {reason}")
+    products = "float32 on packed weights"
+    if is_in_8_bits(encoder):
+        exact = encoder.bert_fast_int8_exact
+        products = "8 bits" + (f", but float32 in {', '.join(exact)}" if exact else "")
+    return Part("layers", "cpp", f"without gradients all in one call, products in {products}")
 
 
 def report(model: nn.Module) -> Report:

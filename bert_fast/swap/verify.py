@@ -11,11 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .core import argument_names, bind, original, swapped_encoders
+from .core import argument_names, bind, in_float32, is_in_8_bits, original, swapped_encoders
 
 # An error may be twice the original's, and this many units in the last place of the largest value where both are tiny.
 FACTOR = 2.0
 UNITS = 16.0
+
+# What 8 bits may cost: the angle between a text's vector and its true one, and the order of the texts' similarities.
+SMALLEST_COSINE = 0.98
+SMALLEST_RANK_CORRELATION = 0.95
+FEWEST_TEXTS_TO_RANK = 4
 
 # Outputs (batch, length) with a number for each token; other outputs of two dimensions belong to the sequences.
 TOKEN_SCORES = ("start_logits", "end_logits")
@@ -55,14 +60,44 @@ class TensorCheck:
 
 
 @dataclass(frozen=True)
-class Verification:
-    """The figures of one call of verify."""
+class Int8Check:
+    """An encoder that multiplies in 8 bits, by its texts' vectors: the means of the last hidden states at the tokens.
 
-    checks: tuple[TensorCheck, ...]
+    Attributes:
+        name: of the encoder.
+        cosine: smallest cosine between a text's vector and the same from float64.
+        rank_correlation: Spearman's, between the cosines of all pairs of texts and the same from float64; None where
+            there are too few texts.
+    """
+
+    name: str
+    cosine: float
+    rank_correlation: float | None
 
     @property
     def is_within(self) -> bool:
-        return all(check.is_within for check in self.checks)
+        rank_correlation = 1.0 if self.rank_correlation is None else self.rank_correlation
+        return self.cosine >= SMALLEST_COSINE and rank_correlation >= SMALLEST_RANK_CORRELATION  # false for NaN
+
+    def __str__(self) -> str:
+        ranks = "too few texts to rank" if self.rank_correlation is None else f"{self.rank_correlation:.4f}"
+        mark = "" if self.is_within else "  out of bounds"
+        return (
+            f"{self.name} in 8 bits: smallest cosine of a text {self.cosine:.5f} (bound {SMALLEST_COSINE}), rank "
+            f"correlation of pairs {ranks} (bound {SMALLEST_RANK_CORRELATION}){mark}"
+        )
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The figures of one call of verify; `checks` are of the model in float32."""
+
+    checks: tuple[TensorCheck, ...]
+    int8_checks: tuple[Int8Check, ...] = ()
+
+    @property
+    def is_within(self) -> bool:
+        return all(check.is_within for check in self.checks) and all(check.is_within for check in self.int8_checks)
 
     def __str__(self) -> str:
         width = max(len(check.name) for check in self.checks)
@@ -73,7 +108,7 @@ class Verification:
                 f"{c.name:<{width}}  {c.error:9.2e}  {c.original_error:9.2e}  {c.bound:9.2e}  {c.difference:10.2e}"
                 f"  {c.cosine:9.7f}{mark}"
             )
-        return "\n".join(lines)
+        return "\n".join([*lines, *map(str, self.int8_checks)])
 
 
 def _floats(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
@@ -108,6 +143,29 @@ def _check(name: str, ours: Tensor, theirs: Tensor, exact: Tensor, mask: Tensor 
     return TensorCheck(
         name, (a - c).abs().max().item(), original_error, (a - b).abs().max().item(), bound, cosine.min().item()
     )
+
+
+def _text_vectors(hidden: Tensor, rows: Tensor | None) -> Tensor:
+    """(texts, hidden_size): the mean over the tokens of each text that has any."""
+    hidden = hidden.detach().to("cpu", torch.float64)
+    if rows is None:
+        return hidden.mean(1)
+    has_tokens = rows.any(1)
+    rows = rows[has_tokens]
+    return (hidden[has_tokens] * rows[..., None]).sum(1) / rows.sum(1, keepdim=True)
+
+
+def _int8_check(name: str, state: Tensor, oracle: Tensor, rows: Tensor | None) -> Int8Check:
+    ours, exact = _text_vectors(state, rows), _text_vectors(oracle, rows)
+    cosine = torch.nn.functional.cosine_similarity(ours, exact, dim=-1).min().item() if len(ours) else 1.0
+    if len(ours) < FEWEST_TEXTS_TO_RANK:
+        return Int8Check(name, cosine, None)
+    one, other = torch.triu_indices(len(ours), len(ours), 1)
+    ranks = []
+    for vectors in (ours, exact):
+        unit = torch.nn.functional.normalize(vectors, dim=-1)
+        ranks.append((unit[one] * unit[other]).sum(-1).argsort().argsort().double())
+    return Int8Check(name, cosine, torch.corrcoef(torch.stack(ranks))[0, 1].item())
 
 
 @contextmanager
@@ -167,11 +225,13 @@ def verify(model: nn.Module, batch: Any) -> Verification:
             or a list of texts.
 
     Returns:
-        The errors of every floating tensor in the output and of each encoder's last hidden state, at the tokens.
+        The errors of every floating tensor in the output and of each encoder's last hidden state, at the tokens, all in
+        float32; and for an encoder that multiplies in 8 bits how far its texts' vectors are from the true ones.
 
     Raises:
         ValueError: nothing is swapped.
-        VerificationError: an error is above twice the original's plus 16 units in the last place.
+        VerificationError: an error is above twice the original's plus 16 units in the last place; or 8 bits turn a
+            text's vector by more than SMALLEST_COSINE, or reorder the pairs below SMALLEST_RANK_CORRELATION.
     """
     encoders = dict(swapped_encoders(model))
     if not encoders:
@@ -182,11 +242,13 @@ def verify(model: nn.Module, batch: Any) -> Verification:
     mask = batch.get("attention_mask")
     tokens = mask.detach().cpu() != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
     with _evaluation(model):
-        ours, our_states = _run(model, batch, encoders)
+        states_in_8_bits = _run(model, batch, encoders)[1] if any(map(is_in_8_bits, encoders.values())) else {}
+        with in_float32(model):
+            ours, our_states = _run(model, batch, encoders)
         with original(model):
             theirs, their_states = _run(model, batch, encoders)
             exact = _run_exact(model, batch)
-        checks = []
+        checks, int8_checks = [], []
         for name, module in encoders.items():
             if name not in our_states:
                 continue
@@ -195,9 +257,11 @@ def verify(model: nn.Module, batch: Any) -> Verification:
             call_mask = call.get("attention_mask")
             rows = None if call_mask is None or call_mask.dim() != 2 else call_mask.cpu() != 0
             checks.append(_check(f"{name or 'encoder'}: last hidden state", state, their_states[name][1], oracle, rows))
+            if is_in_8_bits(module):
+                int8_checks.append(_int8_check(name or "encoder", states_in_8_bits[name][1], oracle, rows))
     for (name, a), (_, b), (_, c) in zip(_floats(ours, ""), _floats(theirs, ""), _floats(exact, ""), strict=True):
         checks.append(_check(name or "output", a, b, c, tokens))
-    result = Verification(tuple(checks))
+    result = Verification(tuple(checks), tuple(int8_checks))
     if not result.is_within:
         raise VerificationError(result)
     return result

@@ -113,10 +113,13 @@ class EncoderStack {
     }
 
   private:
-    static constexpr int64_t kMinRowsPerThread = 24;
+    // Below this many rows a thread, each of them would read all weights for too little work. In 8 bits they are small, and
+    // what the threads would tell one another between the products takes longer.
+    static constexpr int64_t kMinRows = 16;
+    static constexpr int64_t kMinRowsIn8Bits = 4;
     static constexpr int64_t kMaxBlockFloats = 48 * 1024;  // of an activation in a block of rows
 
-    bool shares_columns() const { return threads_ > 1 && tokens_ < threads_ * kMinRowsPerThread; }
+    bool shares_columns() const { return threads_ > 1 && tokens_ < threads_ * (shape_.is_in_8_bits ? kMinRowsIn8Bits : kMinRows); }
 
     // ---- both ways ----
 
@@ -225,6 +228,26 @@ class EncoderStack {
         return rows * (2 * row_ + slice_) + Workspace::bytes_size(rows, hidden_) + Workspace::bytes_size(rows, slice_);
     }
 
+    static int thread_number() {
+#ifdef _OPENMP
+        return omp_get_thread_num();
+#else
+        return 0;
+#endif
+    }
+
+    static int team_size() {
+#ifdef _OPENMP
+        return omp_get_num_threads();
+#else
+        return 1;
+#endif
+    }
+
+    // A thread's part of `count` things, neighbours all of them.
+    static int64_t own_first(int64_t count) { return count * thread_number() / team_size(); }
+    static int64_t own_last(int64_t count) { return count * (thread_number() + 1) / team_size(); }
+
     // A thread's own memory for a block.
     struct Block {
         float* sums;
@@ -234,12 +257,7 @@ class EncoderStack {
     };
 
     Block own_block() const {
-#ifdef _OPENMP
-        const int thread = omp_get_thread_num();
-#else
-        const int thread = 0;
-#endif
-        Workspace own = workspace_.rest(thread * block_workspace());
+        Workspace own = workspace_.rest(thread_number() * block_workspace());
         const int64_t rows = max_block_rows() + kTileRows;
         float* sums = own.take(rows * row_);
         float* attended = own.take(rows * row_);
@@ -358,10 +376,12 @@ class EncoderStack {
 
     void share_out_projections(const Activation& x, int64_t rows, const Projection* first, int64_t count) const {
         const int64_t panels = num_panels(hidden_);
-#pragma omp for schedule(static)
-        for (int64_t item = 0; item < count * panels; ++item)
-            multiply_linear(x, rows, *first[item / panels].linear, 0, hidden_, hidden_,
-                            {first[item / panels].result, row_}, item % panels, item % panels + 1, Nothing());
+        const int64_t begin = own_first(count * panels);
+        const int64_t end = own_last(count * panels);
+        for (int64_t i = begin / panels; i * panels < end; ++i)
+            multiply_linear(x, rows, *first[i].linear, 0, hidden_, hidden_, {first[i].result, row_},
+                            std::max(begin - i * panels, int64_t{0}), std::min(end - i * panels, panels), Nothing());
+#pragma omp barrier
     }
 
     void run_by_columns(Scratch& scratch) {
@@ -392,22 +412,20 @@ class EncoderStack {
             const Part current = part(i);
             const int64_t rows = current.rows;
             share_out_bytes(wants_bytes(layer.attention_output), context, rows);
-#pragma omp for schedule(static)
-            for (int64_t panel = 0; panel < panels; ++panel)
-                multiply_linear(context, rows, layer.attention_output, 0, hidden_, hidden_, {sums, row_}, panel, panel + 1,
-                                Nothing());
+            multiply_linear(context, rows, layer.attention_output, 0, hidden_, hidden_, {sums, row_}, own_first(panels),
+                            own_last(panels), Nothing());
+#pragma omp barrier
             share_out_norm(layer.attention_norm, rows, sums, current.x, attended.values);
             share_out_bytes(wants_bytes(layer.intermediate), attended, rows);
-#pragma omp for schedule(static)
-            for (int64_t panel = 0; panel < inner_panels; ++panel)
-                multiply_linear(attended, rows, layer.intermediate, 0, hidden_, inner_, {activation.values, inner_row},
-                                panel, panel + 1, GeluStrip{shape_.gelu});
+            multiply_linear(attended, rows, layer.intermediate, 0, hidden_, inner_, {activation.values, inner_row},
+                            own_first(inner_panels), own_last(inner_panels), GeluStrip{shape_.gelu});
+#pragma omp barrier
             share_out_bytes(wants_bytes(layer.output), activation, rows);
-#pragma omp for schedule(static)
-            for (int64_t panel = 0; panel < panels; ++panel)
+            for (int64_t panel = own_first(panels); panel < own_last(panels); ++panel)
                 for (int64_t begin = 0; begin < inner_; begin += slice_)
                     multiply_linear(activation.columns(begin, std::min(slice_, inner_ - begin)), rows, layer.output, begin,
                                     inner_, hidden_, {sums, row_}, panel, panel + 1, Nothing());
+#pragma omp barrier
             share_out_norm(layer.output_norm, rows, sums, attended.values, current.y);
         }
     }

@@ -13,11 +13,21 @@ constexpr int64_t kPanel = kTileVectors * kLanes;
 // is in use within the second-level cache.
 constexpr int64_t kDepthBlock = 512;
 
+// What the strips of a panel fetch while they compute: the panel after it, kLinesAhead lines for each of their steps, so
+// that it comes evenly and is in the second-level cache when its turn comes.
+constexpr int64_t kLine = 64;
+constexpr int64_t kLinesAhead = 2;
+
+BERT_FAST_INLINE void fetch_lines(const char* lines) {
+    for (int64_t i = 0; i < kLinesAhead; ++i) __builtin_prefetch(lines + i * kLine, 0, 2);
+}
+
 // sum[i][j] += A * B for a tile. A is read as a[i * a_row + p * a_column], so it may be transposed.
-template <int kRows, int kVectors>
+template <int kRows, int kVectors, bool kFetches = false>
 BERT_FAST_INLINE void accumulate(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row,
-                                 int64_t depth, Vec (&sum)[kRows][kVectors]) {
+                                 int64_t depth, Vec (&sum)[kRows][kVectors], const char* ahead = nullptr) {
     for (int64_t p = 0; p < depth; ++p) {
+        if (kFetches) fetch_lines(ahead + p * kLinesAhead * kLine);
         Vec right[kVectors];
 #pragma GCC unroll 8
         for (int j = 0; j < kVectors; ++j) load(b + p * b_row + j * kLanes, right[j]);
@@ -41,13 +51,18 @@ struct Strip {
     const float* bias;  // of the panel's columns, or null
     float* c;
     int64_t c_row;
-    bool accumulates;  // C += A * B
+    bool accumulates;    // C += A * B
+    const char* ahead;  // what to fetch meanwhile, or null
 };
 
 template <int kRows, int kVectors>
 void multiply_strip(const Strip& s) {
     Vec sum[kRows][kVectors] = {};
-    accumulate<kRows, kVectors>(s.a, s.a_row, s.a_column, s.b, kVectors * kLanes, s.depth, sum);
+    if (s.ahead != nullptr) {
+        accumulate<kRows, kVectors, true>(s.a, s.a_row, s.a_column, s.b, kVectors * kLanes, s.depth, sum, s.ahead);
+    } else {
+        accumulate<kRows, kVectors>(s.a, s.a_row, s.a_column, s.b, kVectors * kLanes, s.depth, sum);
+    }
     Vec bias[kVectors] = {};
     if (s.bias != nullptr)
         for (int j = 0; j < kVectors; ++j) load(s.bias + j * kLanes, bias[j]);
@@ -156,15 +171,20 @@ void multiply_panels(const Product& product, int64_t first_panel, int64_t last_p
             const int64_t start = product.depth * block / blocks;
             const int64_t stop = product.depth * (block + 1) / blocks;
             const bool is_last = block + 1 == blocks;
+            const float* b = product.panels + column * product.panel_depth + (product.first_depth + start) * width;
+            const char* ahead = reinterpret_cast<const char*>(b + product.panel_depth * width);
+            const int64_t part_bytes = (stop - start) * width * static_cast<int64_t>(sizeof(float));
+            const int64_t strip_bytes = (stop - start) * kLinesAhead * kLine;
             for (int64_t strip = 0; strip < strips.count; ++strip) {
                 const int64_t row = strips.begin(strip);
                 const int64_t rows = strips.begin(strip + 1) - row;
                 float* c = product.c + row * product.c_row + column - product.first_column;
                 kStripKernels[vectors - 1][rows - 1]({
                     product.a + row * product.a_row + start * product.a_column, product.a_row, product.a_column,
-                    product.panels + column * product.panel_depth + (product.first_depth + start) * width, stop - start,
+                    b, stop - start,
                     is_last && product.bias != nullptr ? bias : nullptr, c, product.c_row,
-                    product.accumulates || block > 0});
+                    product.accumulates || block > 0,
+                    panel + 1 < last_panel && strip * strip_bytes < part_bytes ? ahead + strip * strip_bytes : nullptr});
                 if (is_last) finish(c, product.c_row, rows, width);
             }
         }

@@ -99,6 +99,7 @@ struct ByteStrip {
     float* c;
     int64_t c_row;
     bool accumulates;
+    const char* ahead;  // see Strip
 };
 
 template <int kRows, int kVectors>
@@ -136,7 +137,10 @@ template <int kRows, int kVectors>
 void multiply_byte_strip_vnni(const ByteStrip& s) {
     IntVec sum[kRows][kVectors] = {};
     const int8_t* b = s.b;
+    // Where nothing is to be fetched, lines that are here already: a condition would cost more than they do.
+    const char* ahead = s.ahead == nullptr ? reinterpret_cast<const char*>(b) : s.ahead;
     for (int64_t p = 0; p < s.quads; ++p, b += kVectors * kLanes * kQuad) {
+        fetch_lines(ahead + p * kLinesAhead * kLine);
         __m512i right[kVectors];
 #pragma GCC unroll 8
         for (int j = 0; j < kVectors; ++j) right[j] = _mm512_loadu_si512(b + j * kLanes * kQuad);
@@ -263,17 +267,22 @@ void multiply_byte_panels(const ByteProduct& product, int64_t first_panel, int64
             const int64_t start = group * kGroup;
             const int64_t whole_start = product.first_depth + start;
             const bool is_last = group + 1 == groups;
+            const int8_t* b = product.b.weight + column * round_up(product.panel_depth, kQuad) + whole_start * width;
+            const int64_t quads = (std::min(kGroup, product.depth - start) + kQuad - 1) / kQuad;
+            const char* ahead = reinterpret_cast<const char*>(b + round_up(product.panel_depth, kQuad) * width);
+            const int64_t strip_bytes = quads * kLinesAhead * kLine;
             for (int64_t strip = 0; strip < strips.count; ++strip) {
                 const int64_t row = strips.begin(strip);
                 const int64_t rows = strips.begin(strip + 1) - row;
                 float* c = product.c + row * product.c_row + column - product.first_column;
                 kernels[vectors - 1][rows - 1](
                     {product.a + row * product.a_row + start, product.a_row, product.a_scales + row * product.a_scale_row + group,
-                     product.a_scale_row, product.b.weight + column * round_up(product.panel_depth, kQuad) + whole_start * width,
-                     (std::min(kGroup, product.depth - start) + kQuad - 1) / kQuad, product.b.scales + column,
+                     product.a_scale_row, b, quads, product.b.scales + column,
                      product.b.offsets + whole_start / kGroup * padded + column,
                      is_last && product.bias != nullptr ? bias : nullptr, c, product.c_row,
-                     product.accumulates || group > 0});
+                     product.accumulates || group > 0,
+                     panel + 1 < last_panel && strip * strip_bytes < quads * kQuad * width ? ahead + strip * strip_bytes
+                                                                                           : nullptr});
                 if (is_last) finish(c, product.c_row, rows, width);
             }
         }

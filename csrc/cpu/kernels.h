@@ -88,6 +88,7 @@ struct EncoderShape {
     int64_t hidden_size;
     int64_t intermediate_size;
     Gelu gelu;
+    bool is_in_8_bits;  // all products, or nearly
 };
 
 struct Kernels {
