@@ -1,10 +1,10 @@
-// Attention within packed sequences; K and V are copied into lane-aligned scratch per head.
+// Attention within packed sequences; K, and V where it has to be, are copied into lane-aligned scratch per head.
 
 namespace bert_fast::cpu::BERT_FAST_ISA {
 
 constexpr int64_t kQueryBlock = kTileRows;    // queries whose scores lie in scratch at a time
 constexpr int64_t kGradQueryBlock = 16;       // the same in the backward pass, where they are the depth of two products
-constexpr int64_t kColumnBlock = 2 * kLanes;  // a head is 32 or 64 wide: three vectors would leave much of it empty
+constexpr int64_t kMaxKeysInPlace = 256;      // above, rows that are far apart are read so often that V is copied
 
 struct Block {
     const float* a;
@@ -17,25 +17,31 @@ struct Block {
     bool accumulates;
 };
 
-template <int kRows>
-void multiply_block(const Block& block) {
-    for (int64_t column = 0; column < block.columns; column += kColumnBlock) {
-        Vec sum[kRows][2] = {};
-        accumulate<kRows, 2>(block.a, block.a_row, block.a_column, block.b + column, block.b_row, block.depth, sum);
+template <int kRows, int kVectors>
+BERT_FAST_INLINE void multiply_columns(const Block& block, int64_t column) {
+    Vec sum[kRows][kVectors] = {};
+    accumulate<kRows, kVectors>(block.a, block.a_row, block.a_column, block.b + column, block.b_row, block.depth, sum);
 #pragma GCC unroll 8
-        for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 2
-            for (int j = 0; j < 2; ++j) {
-                float* target = block.c + i * block.c_row + column + j * kLanes;
-                if (block.accumulates) {
-                    Vec before;
-                    load(target, before);
-                    sum[i][j] += before;
-                }
-                store(sum[i][j], target);
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+        for (int j = 0; j < kVectors; ++j) {
+            float* target = block.c + i * block.c_row + column + j * kLanes;
+            if (block.accumulates) {
+                Vec before;
+                load(target, before);
+                sum[i][j] += before;
             }
+            store(sum[i][j], target);
         }
     }
+}
+
+// Two vectors at a time: a head is 32 or 64 wide.
+template <int kRows>
+void multiply_block(const Block& block) {
+    int64_t column = 0;
+    for (; column + 2 * kLanes <= block.columns; column += 2 * kLanes) multiply_columns<kRows, 2>(block, column);
+    if (column < block.columns) multiply_columns<kRows, 1>(block, column);
 }
 
 template <int... kRows>
@@ -45,7 +51,7 @@ constexpr std::array<void (*)(const Block&), sizeof...(kRows)> block_kernels(std
 
 constexpr auto kBlockKernels = block_kernels(std::make_integer_sequence<int, kTileRows>());
 
-// C (rows x columns) = or += A * B; columns is a multiple of kColumnBlock.
+// C (rows x columns) = or += A * B; columns is a multiple of kLanes.
 inline void multiply(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row, int64_t rows,
                      int64_t depth, int64_t columns, float* c, int64_t c_row, bool accumulates) {
     const Strips strips(rows);
@@ -68,39 +74,88 @@ inline void copy_padded(const float* from, int64_t from_row, int64_t rows, int64
     }
 }
 
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define BERT_FAST_SHUFFLES 1
+#endif
+#endif
+
+#ifdef BERT_FAST_SHUFFLES
+// Exchanges the off-diagonal blocks of size kStep in every square of 2 * kStep rows and columns (Eklundh 1972).
+template <int kStep, int... kLane>
+BERT_FAST_INLINE void exchange_blocks(Vec (&rows)[kLanes], std::integer_sequence<int, kLane...>) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+        if ((i & kStep) != 0) continue;
+        const Vec upper = rows[i];
+        const Vec lower = rows[i + kStep];
+        rows[i] = __builtin_shufflevector(upper, lower, ((kLane & kStep) == 0 ? kLane : kLanes + kLane - kStep)...);
+        rows[i + kStep] = __builtin_shufflevector(upper, lower, ((kLane & kStep) == 0 ? kLane + kStep : kLanes + kLane)...);
+    }
+}
+
+template <int kStep>
+BERT_FAST_INLINE void transpose_square(Vec (&rows)[kLanes]) {
+    exchange_blocks<kStep>(rows, std::make_integer_sequence<int, kLanes>());
+    if constexpr (kStep > 1) transpose_square<kStep / 2>(rows);
+}
+#endif
+
 // to (width x padded) = transpose of from (rows x width), zeros beyond rows.
 inline void transpose_padded(const float* from, int64_t from_row, int64_t rows, int64_t width, int64_t padded,
                              float* to) {
-    for (int64_t column = 0; column < width; ++column) {
+    int64_t whole = 0;
+#ifdef BERT_FAST_SHUFFLES
+    whole = width / kLanes * kLanes;
+    for (int64_t first = 0; first < rows; first += kLanes) {
+        for (int64_t column = 0; column < whole; column += kLanes) {
+            Vec square[kLanes];
+            for (int i = 0; i < kLanes; ++i) {
+                if (first + i < rows) {
+                    load(from + (first + i) * from_row + column, square[i]);
+                } else {
+                    square[i] = Vec{};
+                }
+            }
+            transpose_square<kLanes / 2>(square);
+            for (int i = 0; i < kLanes; ++i) store(square[i], to + (column + i) * padded + first);
+        }
+    }
+#endif
+    for (int64_t column = whole; column < width; ++column) {
         float* line = to + column * padded;
         for (int64_t row = 0; row < rows; ++row) line[row] = from[row * from_row + column];
         std::fill(line + rows, line + padded, 0.0f);
     }
 }
 
-// Scores become exponentials of their distance from the largest; columns beyond `keys` become zero.
+// Scores become exponentials of their distance from the largest; those of the padding count for nothing.
 struct SoftmaxRow {
     float sum;
     float log_sum_exp;
 };
 
 inline SoftmaxRow softmax_row(float* scores, int64_t keys, int64_t padded, float scale) {
-    float largest = scores[0];
-#pragma omp simd reduction(max : largest)
-    for (int64_t j = 0; j < keys; ++j) largest = scores[j] > largest ? scores[j] : largest;
-    float sum = 0.0f;
-    for (int64_t first = 0; first < keys; first += kSumBlock) {
-        const int64_t last = std::min(first + kSumBlock, keys);
-        float part = 0.0f;
-#pragma omp simd reduction(+ : part)
-        for (int64_t j = first; j < last; ++j) {
-            const float p = exp_f32((scores[j] - largest) * scale);
-            scores[j] = p;
-            part += p;
-        }
-        sum += part;
+    std::fill(scores + keys, scores + padded, std::numeric_limits<float>::lowest());
+    Vec largest_of_lane;
+    load(scores, largest_of_lane);
+    for (int64_t j = kLanes; j < padded; j += kLanes) {
+        Vec score;
+        load(scores + j, score);
+        largest_of_lane = score > largest_of_lane ? score : largest_of_lane;
     }
-    std::fill(scores + keys, scores + padded, 0.0f);
+    float largest = largest_of_lane[0];
+    for (int i = 1; i < kLanes; ++i) largest = largest_of_lane[i] > largest ? largest_of_lane[i] : largest;
+    Vec sums{};
+    for (int64_t j = 0; j < padded; j += kLanes) {
+        Vec score;
+        load(scores + j, score);
+        score = exp_nonpositive((score - largest) * scale);
+        store(score, scores + j);
+        sums += score;
+    }
+    float sum = 0.0f;
+    for (int i = 0; i < kLanes; ++i) sum += sums[i];
     return {sum, largest * scale + std::log(sum)};
 }
 
@@ -141,17 +196,23 @@ inline void attend_queries(const AttentionShape& shape, const Tile& tile, int64_
         }
         return;
     }
-    const int64_t padded_keys = round_up(keys, kColumnBlock);
-    const int64_t padded_size = round_up(size, kColumnBlock);
+    const int64_t padded_keys = round_up(keys, kLanes);
+    const int64_t padded_size = round_up(size, kLanes);
     const int64_t factor_count = shape.dropout.is_on() ? round_up(keys, 4 * kStep) : 0;
-    scratch.reset(size * padded_keys + keys * padded_size + kQueryBlock * (padded_keys + padded_size) + factor_count);
+    const bool copies_v = padded_size > size || keys > kMaxKeysInPlace;
+    scratch.reset(size * padded_keys + (copies_v ? keys * padded_size : 0) + kQueryBlock * (padded_keys + padded_size) +
+                  factor_count);
     float* k_transposed = scratch.take(size * padded_keys);
-    float* v_padded = scratch.take(keys * padded_size);
     float* scores = scratch.take(kQueryBlock * padded_keys);
     float* result = scratch.take(kQueryBlock * padded_size);
     float* factors = scratch.take(factor_count);
     transpose_padded(k.row(tile.sequence_start) + offset, k.stride, keys, size, padded_keys, k_transposed);
-    copy_padded(v.row(tile.sequence_start) + offset, v.stride, keys, size, padded_size, v_padded);
+    ConstRows values{v.row(tile.sequence_start) + offset, v.stride};
+    if (copies_v) {
+        float* v_padded = scratch.take(keys * padded_size);
+        copy_padded(values.data, values.stride, keys, size, padded_size, v_padded);
+        values = {v_padded, padded_size};
+    }
 
     const Strips strips(queries.count);
     for (int64_t strip = 0; strip < strips.count; ++strip) {
@@ -170,7 +231,7 @@ inline void attend_queries(const AttentionShape& shape, const Tile& tile, int64_
 #pragma omp simd
             for (int64_t j = 0; j < keys; ++j) weights[j] *= factors[j];
         }
-        multiply(scores, padded_keys, 1, v_padded, padded_size, count, keys, padded_size, result, padded_size, false);
+        multiply(scores, padded_keys, 1, values.data, values.stride, count, keys, padded_size, result, padded_size, false);
         for (int64_t i = 0; i < count; ++i) {
             float* target = queries.out.row(row + i) + offset;
             const float* from = result + i * padded_size;
@@ -213,8 +274,8 @@ inline void attention_grad_sequence(const AttentionShape& shape, const Tile& til
     const int64_t queries = tile.num_rows;
     const int64_t keys = tile.num_keys;
     const int64_t offset = head * size;
-    const int64_t padded_keys = round_up(keys, kColumnBlock);
-    const int64_t padded_size = round_up(size, kColumnBlock);
+    const int64_t padded_keys = round_up(keys, kLanes);
+    const int64_t padded_size = round_up(size, kLanes);
     const float* lse = log_sum_exp + head * shape.tokens + start;
     const int64_t factor_count = shape.dropout.is_on() ? round_up(keys, 4 * kStep) : 0;
     scratch.reset(2 * size * padded_keys + 3 * keys * padded_size + kGradQueryBlock * (2 * padded_keys + 3 * padded_size) +

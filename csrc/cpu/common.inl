@@ -15,9 +15,34 @@ constexpr int64_t kSumBlock = 256;
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// Two units in the last place; below -87.3 the result stays at the smallest normal number.
+typedef int32_t IntVec __attribute__((vector_size(kLanes * sizeof(int32_t))));
+
+BERT_FAST_INLINE Vec broadcast(float value) { return Vec{} + value; }
+
+// e^x for x <= 0, two units in the last place; below -86.6 the result is that of -86.6, 2.4e-38.
+BERT_FAST_INLINE Vec exp_nonpositive(Vec x) {
+    x = x < -86.6f ? broadcast(-86.6f) : x;
+    const Vec shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum rounds to an integer, which its last bits hold
+    const Vec n = shifted - 12582912.0f;
+    const Vec r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+    Vec p = broadcast(0.0013933884f);
+    p = p * r + 0.008363335f;
+    p = p * r + 0.041666463f;
+    p = p * r + 0.16666576f;
+    p = p * r + 0.5f;
+    p = p * r * r + r + 1.0f;
+    IntVec exponent;
+    IntVec bits;
+    std::memcpy(&exponent, &shifted, sizeof(exponent));
+    std::memcpy(&bits, &p, sizeof(bits));
+    bits += exponent << 23;  // n, in the place of the exponent
+    std::memcpy(&p, &bits, sizeof(p));
+    return p;
+}
+
+// Two units in the last place; below -86.6 the result is that of -86.6, 2.4e-38.
 BERT_FAST_INLINE float exp_f32(float x) {
-    x = x < -87.33f ? -87.33f : x;
+    x = x < -86.6f ? -86.6f : x;
     x = x > 88.37f ? 88.37f : x;
     const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum rounds to an integer
     const float n = shifted - 12582912.0f;
@@ -28,35 +53,13 @@ BERT_FAST_INLINE float exp_f32(float x) {
     p = p * r + 0.16666576f;
     p = p * r + 0.5f;
     p = p * r * r + r + 1.0f;
-    const int32_t exponent = (static_cast<int32_t>(n) + 127) << 23;
-    float power;
-    std::memcpy(&power, &exponent, sizeof(power));
-    return p * power;
-}
-
-// A minimax polynomial below 1, the logarithm of erfc above; absolute error under 1.5e-7.
-BERT_FAST_INLINE float erf_f32(float x) {
-    const float a = std::fabs(x);
-    const float s = a * a;
-    float small = 7.8824974e-05f;
-    small = small * s - 0.0008018855f;
-    small = small * s + 0.005189312f;
-    small = small * s - 0.026854329f;
-    small = small * s + 0.11283597f;
-    small = small * s - 0.37612626f;
-    small = small * s + 1.1283791f;
-    small = small * a;
-    const float t = a < 4.0f ? a : 4.0f;
-    float log_erfc = -1.330939e-05f;
-    log_erfc = log_erfc * t + 0.00031757203f;
-    log_erfc = log_erfc * t - 0.0034368676f;
-    log_erfc = log_erfc * t + 0.022621986f;
-    log_erfc = log_erfc * t - 0.10331898f;
-    log_erfc = log_erfc * t - 0.63909334f;
-    log_erfc = log_erfc * t - 1.1259259f;
-    log_erfc = log_erfc * t - 0.0007569686f;
-    const float large = 1.0f - exp_f32(log_erfc);
-    return std::copysign(a < 1.0f ? small : large, x);
+    int32_t bits;
+    int32_t exponent;
+    std::memcpy(&bits, &p, sizeof(bits));
+    std::memcpy(&exponent, &shifted, sizeof(exponent));
+    bits = static_cast<int32_t>(static_cast<uint32_t>(bits) + (static_cast<uint32_t>(exponent) << 23));
+    std::memcpy(&p, &bits, sizeof(p));
+    return p;
 }
 
 // Column sums over many rows: float over 64 rows, double over those, and one sum per chunk. The chunks depend on the

@@ -2,15 +2,43 @@
 
 namespace bert_fast::cpu::BERT_FAST_ISA {
 
-constexpr float kSqrtHalf = 0.70710678f;
 constexpr float kInvSqrt2Pi = 0.39894228f;
 constexpr float kSqrt2OverPi = 0.79788456f;
 constexpr float kCubic = 0.044715f;
 
+// By the normal distribution's tail T(a) = 0.5 * erfc(a / sqrt(2)) = exp(-a^2 / 2) * S(a), a >= 0, where S is smooth and
+// close to a rational function (fitted to 2.5e-8): GELU(x) = max(x, 0) - |x| T(|x|) then has no digits to lose.
 struct ErfGelu {
-    static BERT_FAST_INLINE float value(float x) { return 0.5f * x * (1.0f + erf_f32(x * kSqrtHalf)); }
+    float x;
+    float magnitude;  // of x, within the fit; NaN stays NaN
+    float density;    // exp(-x^2 / 2)
+    float tail;
+
+    BERT_FAST_INLINE explicit ErfGelu(float value) : x(value) {
+        float clamped = x > 14.0f ? 14.0f : x;
+        clamped = clamped < -14.0f ? -14.0f : clamped;
+        const float a = std::fabs(clamped);
+        float p = 0.0130779066f;
+        p = p * a + 0.102071617f;
+        p = p * a + 0.330394625f;
+        p = p * a + 0.499999988f;
+        float q = 0.0328015201f;
+        q = q * a + 0.25527821f;
+        q = q * a + 0.868013499f;
+        q = q * a + 1.45867213f;
+        q = q * a + 1.0f;
+        magnitude = a;
+        density = exp_f32(-0.5f * a * a);
+        tail = density * p / q;
+    }
+
+    static BERT_FAST_INLINE float value(float x) {
+        const ErfGelu gelu(x);
+        return (x < 0.0f ? 0.0f : x) - gelu.magnitude * gelu.tail;
+    }
     static BERT_FAST_INLINE float slope(float x) {
-        return 0.5f * (1.0f + erf_f32(x * kSqrtHalf)) + x * kInvSqrt2Pi * exp_f32(-0.5f * x * x);
+        const ErfGelu gelu(x);
+        return (x < 0.0f ? gelu.tail : 1.0f - gelu.tail) + std::copysign(gelu.magnitude, x) * kInvSqrt2Pi * gelu.density;
     }
 };
 

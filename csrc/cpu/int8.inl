@@ -4,8 +4,6 @@
 
 namespace bert_fast::cpu::BERT_FAST_ISA {
 
-typedef int32_t IntVec __attribute__((vector_size(kLanes * sizeof(int32_t))));
-
 constexpr int64_t kGroup = 384;
 constexpr int64_t kQuad = 4;  // values whose products an instruction adds up
 constexpr int32_t kZero = 128;
