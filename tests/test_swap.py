@@ -34,6 +34,7 @@ from tolerance import assert_twice_torch, magnitude
 from torch import Tensor, nn
 
 import bert_fast
+from bert_fast import engine
 from bert_fast.swap.core import Swapped
 
 IMPLEMENTATIONS = ("sdpa", "eager")
@@ -399,6 +400,40 @@ def test_mask_of_another_shape(shape: tuple[int, int]) -> None:
     _, swapped = pair()
     with pytest.raises(ValueError, match=r"attention_mask.*\(8, 13\)"):
         swapped(inputs(mask_of(MIXED))["input_ids"], torch.ones(shape))
+
+
+@pytest.mark.parametrize(
+    "name", ["BertForSequenceClassification", "BertForMultipleChoice", "BertForNextSentencePrediction"]
+)
+def test_head_that_reads_first_rows(name: str) -> None:
+    # The last layer is computed for the pooler's rows alone, unless somebody may see the others.
+    original, swapped = pair(name)
+    batch = batch_for(name)
+    seen: list[Any] = []
+    with torch.no_grad():
+        expected = original(**batch)
+        for arguments in ({}, {"return_dict": False}, {"output_hidden_states": True}):
+            found = swapped(**batch, **arguments)
+            torch.testing.assert_close(found[0], expected[0])
+        states = found.hidden_states[-1]
+        assert states.shape == (*batch["attention_mask"].flatten(0, -2).shape, original.config.hidden_size)
+        handle = swapped.bert.register_forward_hook(lambda module, args, output: seen.append(output))  # noqa: ARG005
+        torch.testing.assert_close(swapped(**batch)[0], expected[0])
+        handle.remove()
+    assert seen[0].last_hidden_state.shape == states.shape
+    shapes: list[torch.Size] = []
+    real = engine.encode
+
+    def encode(*args: Any, **others: Any) -> Any:
+        outputs = real(*args, **others)
+        assert outputs is not None
+        shapes.append(outputs[-1].shape)
+        return outputs
+
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "encode", encode)
+        swapped(**batch)
+    assert shapes == [(len(states), original.config.hidden_size)]
 
 
 def test_inference_mode() -> None:

@@ -17,7 +17,7 @@ from ..config import BertConfig
 from ..graphs import GraphRunner
 from ..guard import Kept
 from ..masking import PackedBatch, unpad
-from .family import Call, Family, kept_rows
+from .family import FIRST_ROWS, Call, Family, Read, kept_rows
 
 MODULE = "transformers.models.bert.modeling_bert"
 
@@ -300,7 +300,9 @@ def pack_call(model: Any, call: Call, device: torch.device | str | None = None) 
         raise ValueError(f"attention_mask has shape {tuple(mask.shape)} and the batch {shape}")
     types = call.get("token_type_ids")
     keep = kept_rows.get()
-    if keep is not None and tuple(keep.shape) != shape:  # labels that do not fit: the head's own error says so
+    if (
+        not isinstance(keep, Tensor) or tuple(keep.shape) != shape
+    ):  # labels that do not fit: the head's own error says so
         keep = None
     batch = unpad(
         mask,
@@ -386,11 +388,36 @@ def _replayed(model: Any, call: Call, parts: Plan, runner: GraphRunner) -> tuple
     return replace(batch, indices=batch.indices.to(device, non_blocking=True)), hidden
 
 
+def _is_watched(model: Any) -> bool:
+    """Whether anybody but the model's head may see what the encoder returns, or another pooler than BERT's reads it."""
+    if torch.compiler.is_compiling() or "forward" in model.__dict__ or _is_listened_to(model):
+        return True
+    pooler = model.pooler
+    return type(pooler).__name__ != "BertPooler" or type(pooler).__module__ != MODULE or _is_listened_to(pooler)
+
+
+def _first_hidden(model: Any, call: Call, parts: Plan) -> Tensor | None:
+    """(batch, 1, hidden_size), the last layer computed for the first rows alone; None: the engine does not serve."""
+    if engine.why_not(parts.stack, model.embeddings.word_embeddings.weight) is not None:
+        return None
+    batch, embeds = pack_call(model, call)
+    hidden = fast.embed(parts.embeddings, batch, embeds)
+    outputs = engine.encode(model, parts.stack, hidden, batch, rows=batch.first_rows)
+    return None if outputs is None else outputs[-1][:, None]
+
+
 def run(model: Any, call: Call, parts: Plan) -> Any:
     """BertModel.forward, without padding between the embeddings and the last layer."""
     from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
     wants_hidden_states = bool(_setting(model, call, "output_hidden_states"))
+    if kept_rows.get() is FIRST_ROWS and not wants_hidden_states and not _is_watched(model):
+        first = _first_hidden(model, call, parts)
+        if first is not None:
+            output = BaseModelOutputWithPoolingAndCrossAttentions(
+                last_hidden_state=first, pooler_output=model.pooler(first)
+            )
+            return _as_tuple(output) if _setting(model, call, "return_dict") is False else output
     kept: list[Tensor] = []
     runner = _runner(model, call)
     if runner is not None:
@@ -444,6 +471,10 @@ def _source(call: Call) -> Any:
     return call.get("inputs_embeds") if call.get("input_ids") is None else call.get("input_ids")
 
 
+def _first_rows(call: Call) -> Read:  # noqa: ARG001
+    return FIRST_ROWS
+
+
 def _labelled(call: Call) -> Tensor | None:
     """Heads on tokens flatten labels, so any shape with one for each token will do."""
     source, labels = _source(call), call.get("labels")
@@ -479,6 +510,9 @@ FAMILY: Family = Family(
     stack=stack,
     oracle=oracle,
     kept_rows={
+        "BertForSequenceClassification": _first_rows,
+        "BertForMultipleChoice": _first_rows,
+        "BertForNextSentencePrediction": _first_rows,
         "BertForMaskedLM": _labelled,
         "BertForPreTraining": _labelled,
         "BertForTokenClassification": _labelled,

@@ -16,21 +16,32 @@ Call = Mapping[str, Any]
 """The arguments of a forward call by name, defaults left out."""
 
 
+class FirstRows:
+    """Says that a head reads no row but the pooler's, each sequence's first."""
+
+
+FIRST_ROWS = FirstRows()
+
+Read = Tensor | FirstRows | None
+
+
 class KeptRows:
-    """Rows (batch, length) bool that a head reads although the mask hides them, set around its encoder's call.
+    """What a head reads of its encoder, set around the encoder's call.
+
+    Rows (batch, length) bool that it reads although the mask hides them, or FIRST_ROWS; None: what everybody reads.
 
     torch.compile traces no context variables. While it traces, an attribute serves instead: what is traced is one call,
     and the graph that comes of it holds the rows themselves.
     """
 
     def __init__(self) -> None:
-        self.context: ContextVar[Tensor | None] = ContextVar("bert_fast_kept_rows", default=None)
-        self.traced: Tensor | None = None
+        self.context: ContextVar[Read] = ContextVar("bert_fast_kept_rows", default=None)
+        self.traced: Read = None
 
-    def get(self) -> Tensor | None:
+    def get(self) -> Read:
         return self.traced if torch.compiler.is_compiling() else self.context.get()
 
-    def call(self, rows: Tensor | None, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def call(self, rows: Read, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """function(*args, **kwargs), within which get() gives the rows."""
         if torch.compiler.is_compiling():
             self.traced = rows
@@ -60,7 +71,7 @@ class Family:
         run: the fast forward of the encoder, given the plan.
         stack: the encoder's layers as the CPU engine sees them.
         oracle: the encoder's last hidden state (batch, length, hidden_size), in float64 on the CPU.
-        kept_rows: for heads that read hidden rows: class -> (call -> (batch, length) bool, or None).
+        kept_rows: for heads that read other rows than all that the mask shows: class -> (call -> what they read).
     """
 
     name: str
@@ -71,4 +82,4 @@ class Family:
     run: Callable[[Any, Call, Any], Any]
     stack: Callable[[Any], engine.Stack]
     oracle: Callable[[Any, Call], Tensor]
-    kept_rows: Mapping[str, Callable[[Call], Tensor | None]]
+    kept_rows: Mapping[str, Callable[[Call], Read]]
