@@ -9,7 +9,7 @@ OUT ?= build/gpu
 MINUTES ?= 8.5
 TRITON ?= 3.6.0
 
-.PHONY: demo test kernels bench gpu gpu-dry lint clean
+.PHONY: demo test kernels bench bench-cpu gpu gpu-dry lint clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/bert-fast demo
@@ -24,9 +24,15 @@ kernels: $(VENV)/test.stamp
 	PYTHONPATH=$(CURDIR)/$(VENV)/triton-$(TRITON) $(BIN)/python -m pytest -s tests/test_compile.py
 
 # Measures on this machine; RESULTS=... keeps the figures elsewhere.
-bench: $(VENV)/bench.stamp
+bench: $(VENV)/test.stamp
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=$(RESULTS) -q
 	$(BIN)/python -m benchmarks.table $(RESULTS)
+
+# Whole encoders against torch.compile, ONNX Runtime, OpenVINO, CTranslate2 and sentence-transformers, hours on two cores;
+# ARGS="--only NAME" for some rows, ARGS="--stsb FILE" for the accuracy of int8, ARGS=--dry to see that everything runs.
+bench-cpu: RESULTS = benchmarks/results/cpu-peers.json
+bench-cpu: $(VENV)/bench.stamp
+	$(BIN)/python -m benchmarks.cpu --out $(RESULTS) $(ARGS)
 
 # On a machine with a GPU, with the python3 that has torch and triton for it; nothing is fetched. The tests, then every
 # target of speed against its peers; ARGS="--only NAME" for some, ARGS="--tune KERNEL" for launch sizes.

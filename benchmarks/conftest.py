@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import pytest
 import torch
 
+from .facts import versions
+
 PACKAGES = ("bert-fast", "torch", "triton", "transformers", "numpy")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:  # noqa: ARG001
@@ -26,7 +20,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     machine_info["instruction_set"] = _C.instruction_set()
     machine_info["threads"] = torch.get_num_threads()
-    machine_info["versions"] = {package: _version(package) for package in PACKAGES}
+    machine_info["versions"] = versions(PACKAGES)
 
 
 @pytest.fixture(params=["cpu", "cuda"])

@@ -18,11 +18,12 @@ from rich.console import Console
 pytest.importorskip("triton")
 pytest.importorskip("transformers")
 
+from benchmarks.facts import write_json
 from benchmarks.gpu import report as reports
 from benchmarks.gpu import run as running
 from benchmarks.gpu.cases import CASES, ROWS, Case, chosen
 from benchmarks.gpu.measure import Bench, Contender, Skip, relative_error
-from benchmarks.gpu.report import Floor, Goal, Peer, Record, Report, write_json
+from benchmarks.gpu.report import Floor, Goal, Peer, Record, Report
 
 ROOT = Path(__file__).resolve().parents[1]
 

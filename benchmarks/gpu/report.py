@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..facts import commit, output, versions, write_json
 from ..table import duration
 
 PACKAGES = ("bert-fast", "torch", "triton", "transformers", "numpy")
@@ -209,23 +206,6 @@ class Report:
         console.print(f"{escape(self.device)}; {ceilings}; {versions}; {self.minutes:.1f} minutes")
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes a file that is whole at every moment: the run may be ended from outside."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(_finite(content), indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
-
-
-def _finite(x: Any) -> Any:
-    """JSON knows neither NaN nor infinity."""
-    if isinstance(x, dict):
-        return {key: _finite(value) for key, value in x.items()}
-    if isinstance(x, list):
-        return [_finite(value) for value in x]
-    return str(x) if isinstance(x, float) and not abs(x) < float("inf") else x
-
-
 COLOURS = {"met": "green", "missed": "yellow", "wrong": "red", "exception": "red"}
 
 
@@ -254,26 +234,7 @@ def _table(records: list[Record]) -> Table:
 # ---- where it ran ----------------------------------------------------------------------------------------------------
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _output(*command: str) -> str | None:
-    """The first line that the program prints; None where there is no such program or it fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip().partition("\n")[0] or None
-
-
 def facts() -> dict[str, str | None]:
     """Versions, driver and commit."""
-    commit = _output("git", "rev-parse", "--short=12", "HEAD")
-    if commit is not None and _output("git", "status", "--porcelain", "--untracked-files=no"):
-        commit += " and changes"
-    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return {**{name: _version(name) for name in PACKAGES}, "driver": driver, "commit": commit}
+    driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {**versions(PACKAGES), "driver": driver, "commit": commit()}

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from bert_fast import functional, ops
 
+from ..facts import write_json
 from . import report as reports
 from .cases_attention import DROPOUT, Packed, full, pack, uniform
 from .measure import ERROR_BOUNDS, Bench, Contender, relative_error
-from .report import Record, write_json
+from .report import Record
 from .run import make_bench, place
 
 TOKENS = 32768

@@ -1,0 +1,157 @@
+"""Verification and timing that the rows share."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..calls import Batch, floor, prepacked
+from .peers import BY_NAME, PEERS, SDPA, Engine, Place
+from .report import FLOOR, OURS, OURS_INT8, PREPACKED, Entry, Record
+
+# The largest absolute difference that float32 may show, and the smallest cosine of int8.
+MAX_DIFFERENCE = 1e-4
+MIN_COSINE = 0.98
+
+MIN_ROUNDS = 7
+MAX_ROUNDS = 30
+SECONDS = 2.0  # fast rows have more rounds than they must, for so long
+TURN = 0.05  # seconds; a call that takes less is repeated within its turn
+PAUSE = 0.02  # seconds after which the threads of the one before have stopped to spin
+
+
+@dataclass
+class Bench:
+    """
+    Attributes:
+        place: model and threads.
+        deadline: of time.time.
+    """
+
+    place: Place
+    deadline: float
+
+    @property
+    def is_dry(self) -> bool:
+        return self.place.is_dry
+
+    def time(self, calls: Mapping[str, Callable[[], object]], min_rounds: int) -> tuple[dict[str, float], int]:
+        """Median seconds of each call, taking turns, and the number of rounds; a round before those warms up."""
+        repeats = {name: self._repeats(call) for name, call in calls.items()}
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        start, rounds = time.time(), 0
+        while rounds < (1 if self.is_dry else MAX_ROUNDS):
+            now = time.time()
+            if rounds and (now > self.deadline or (rounds >= min_rounds and now - start > SECONDS)):
+                break
+            for name, call in calls.items():
+                times[name].append(self._turn(call, repeats[name]))
+            rounds += 1
+        return {name: statistics.median(turns) for name, turns in times.items()}, rounds
+
+    def _repeats(self, call: Callable[[], object]) -> int:
+        start = time.perf_counter()
+        call()
+        return 1 if self.is_dry else max(1, min(50, round(TURN / (time.perf_counter() - start))))
+
+    def _turn(self, call: Callable[[], object], repeats: int) -> float:
+        if self.place.threads > 1:
+            time.sleep(PAUSE)
+        if repeats > 1:  # what the others put into the caches is gone, and the threads are awake
+            call()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        return (time.perf_counter() - start) / repeats
+
+
+def verify(entry: Entry, found: Sequence[Tensor], expected: Sequence[Tensor], batches: Sequence[Batch]) -> None:
+    """Puts the largest difference and the smallest cosine into the entry; a NaN is infinite, or -1.
+
+    Args:
+        entry: receives them, with a reason where float32 is out of bounds and a note where int8 is.
+        found, expected: hidden states of each batch; places that are padding do not count.
+        batches: have the masks.
+    """
+    differences, cosines = [0.0], [1.0]
+    for ours, theirs, batch in zip(found, expected, batches, strict=True):
+        mask = batch["attention_mask"].bool()
+        differences.append(float((ours - theirs)[mask].abs().max().nan_to_num(torch.inf)))
+        means = (pooled(ours, batch).double(), pooled(theirs, batch).double())
+        cosines.append(float(torch.cosine_similarity(means[0], means[1]).nan_to_num(-1.0).min()))
+    entry.difference, entry.cosine = max(differences), min(cosines)
+    if entry.is_int8 and entry.cosine < MIN_COSINE:
+        entry.note = f"smallest cosine {entry.cosine:.3f}, below {MIN_COSINE}"
+    if not entry.is_int8 and not entry.difference <= MAX_DIFFERENCE:
+        entry.reason = f"wrong: differs by {entry.difference:.1e}, above {MAX_DIFFERENCE:.0e}"
+
+
+def pooled(hidden: Tensor, batch: Batch) -> Tensor:
+    """(texts, hidden_size): the mean over the tokens; what stands at padding does not count, not even NaN."""
+    mask = batch["attention_mask"][..., None].bool()
+    return torch.where(mask, hidden, 0).sum(1) / mask.sum(1)
+
+
+def measure(bench: Bench, record: Record, batches: Sequence[Batch], min_rounds: int) -> None:
+    """Every contender on the same batches: verified, then timed in turns; medians into the record."""
+    tokens = [int(batch["attention_mask"].sum()) for batch in batches]
+    places = sum(batch["attention_mask"].numel() for batch in batches)
+    texts = sum(len(batch["input_ids"]) for batch in batches)
+    record.facts = {"texts": texts, "useful_tokens": sum(tokens), "padding": places / sum(tokens)}
+    reference = bench.place.engine(BY_NAME[SDPA])
+    if reference is None:
+        raise RuntimeError(f"no {SDPA}: {bench.place.reasons[SDPA]}")
+    expected = reference.states(batches)
+    calls: dict[str, Callable[[], object]] = {}
+    for peer in PEERS:
+        entry = Entry(peer.name, peer.is_int8)
+        record.entries.append(entry)
+        engine = bench.place.engine(peer)
+        if engine is None:
+            entry.reason = bench.place.reasons[peer.name]
+        elif (call := _start(entry, engine, batches, expected)) is not None:
+            calls[peer.name] = call
+    for name, make in ((FLOOR, None), (PREPACKED, prepacked)):
+        entry = Entry(name)
+        record.entries.append(entry)
+        try:
+            model = reference.model  # type: ignore[attr-defined]
+            calls[name] = floor(model, tokens) if make is None else floor(model, tokens, make)
+            calls[name]()
+        except Exception as error:  # another build of torch
+            entry.reason = f"{type(error).__name__}: {str(error).strip()[:300]}"
+            calls.pop(name, None)
+    medians, record.rounds = bench.time(calls, min_rounds)
+    for entry in record.entries:
+        entry.seconds = medians.get(entry.name)
+    record.set_ratios()
+    judge(record)
+
+
+def _start(
+    entry: Entry, engine: Engine, batches: Sequence[Batch], expected: Sequence[Tensor]
+) -> Callable[[], None] | None:
+    """The call to time, after a pass that verifies; None where there is nothing to time."""
+    start = time.perf_counter()
+    try:
+        verify(entry, engine.states(batches), expected, batches)
+        entry.first_seconds = time.perf_counter() - start
+        if entry.reason is None:
+            return engine.work(batches)
+    except Exception as error:  # ours shows as a problem of the row
+        entry.reason = f"{type(error).__name__}: {str(error).strip()[:300]}"
+    return None
+
+
+def judge(record: Record) -> None:
+    """Says in the record what is wrong with ours. int8 may be missing, but not wrong."""
+    ours, int8 = record.entry(OURS), record.entry(OURS_INT8)
+    if ours is not None and ours.reason is not None:
+        record.problem = f"{OURS}: {ours.reason}"
+    elif int8 is not None and int8.note is not None:
+        record.problem = f"{OURS_INT8}: {int8.note}"

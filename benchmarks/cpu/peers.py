@@ -1,0 +1,328 @@
+"""Ours and its peers behind one face, each at its best setting for batches of any shape."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+import bert_fast
+from bert_fast.cli import models
+
+from ..calls import Batch
+from ..workloads import ragged_lengths, token_batches
+from .convert import CPU, MINILM, REPORT
+from .report import OURS, OURS_INT8
+
+SDPA = "transformers SDPA"
+MAX_TEXTS = 32
+
+
+class Engine(ABC):
+    """A model that runs.
+
+    Attributes:
+        setting: which of several was chosen by trial.
+    """
+
+    setting: str | None = None
+
+    def inputs(self, batch: Batch) -> Any:
+        """What the library takes; made before the clock starts."""
+        return batch
+
+    @abstractmethod
+    def call(self, inputs: Any) -> Any: ...
+
+    @abstractmethod
+    def hidden(self, output: Any) -> Tensor:
+        """(texts, length, hidden_size)."""
+
+    def work(self, batches: Sequence[Batch]) -> Callable[[], None]:
+        """The call that is timed: one pass over the batches."""
+        prepared = [self.inputs(batch) for batch in batches]
+
+        def run() -> None:
+            for inputs in prepared:
+                self.call(inputs)
+
+        return run
+
+    def states(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """The hidden states of each batch."""
+        return [self.hidden(self.call(self.inputs(batch))) for batch in batches]
+
+
+@dataclass
+class Place:
+    """A model's folder, and what runs it with so many threads.
+
+    Attributes:
+        root: where the model's folder is.
+        name: of the model and its folder.
+        engine_seconds: how long each took to load.
+        reasons: why an engine is missing.
+    """
+
+    root: Path
+    name: str
+    threads: int
+    is_dry: bool
+    engine_seconds: dict[str, float] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    _engines: dict[str, Engine] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        return self.root / self.name
+
+    def load(self) -> Any:
+        return models.load(self.folder, CPU)[0]
+
+    def conversions(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.folder / REPORT).read_text(encoding="utf-8"))
+        return found
+
+    def converted(self, target: str) -> None:
+        """Raises where the conversion failed."""
+        if (reason := self.conversions()[target]["reason"]) is not None:
+            raise RuntimeError(reason)
+
+    def facts(self) -> dict[str, Any]:
+        """What was made for each engine, how long that took, and why one is missing."""
+        settings = {name: engine.setting for name, engine in self._engines.items() if engine.setting is not None}
+        return {
+            "conversions": self.conversions(),
+            "load_seconds": self.engine_seconds,
+            "settings": settings,
+            "missing": self.reasons,
+        }
+
+    def engine(self, peer: Peer) -> Engine | None:
+        """The peer's engine; None where it is missing, with the reason in `reasons`."""
+        if peer.name not in self._engines and peer.name not in self.reasons:
+            start = time.perf_counter()
+            try:
+                if peer.only is not None and peer.only != self.name:
+                    raise RuntimeError(f"measured with {peer.only} alone")
+                with models.quiet():
+                    self._engines[peer.name] = peer.make(self)
+            except Exception as error:  # a library may be missing, or an argument not be there yet
+                kind = "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "
+                self.reasons[peer.name] = f"{kind}{str(error).strip()[:300]}"
+            self.engine_seconds[peer.name] = time.perf_counter() - start
+        return self._engines.get(peer.name)
+
+    def quickest(self, engines: dict[str, Engine]) -> Engine:
+        """The fastest on eight ragged texts."""
+        probe = token_batches(ragged_lengths(2 if self.is_dry else 8), 8)
+        works = {name: engine.work(probe) for name, engine in engines.items()}
+        times: dict[str, list[float]] = {name: [] for name in works}
+        for turn in range(4):
+            for name, work in works.items():
+                start = time.perf_counter()
+                work()
+                if turn:
+                    times[name].append(time.perf_counter() - start)
+        best = min(times, key=lambda name: statistics.median(times[name]))
+        engines[best].setting = best
+        return engines[best]
+
+
+class Peer(NamedTuple):
+    """
+    Attributes:
+        make: loads it; raises where that cannot be.
+        only: the one model that it is measured with.
+    """
+
+    name: str
+    make: Callable[[Place], Engine]
+    is_int8: bool = False
+    only: str | None = None
+
+
+class Torch(Engine):
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def call(self, inputs: Any) -> Any:
+        return self.model(**inputs)
+
+    def hidden(self, output: Any) -> Tensor:
+        hidden: Tensor = output[0]
+        return hidden
+
+
+def compiled(place: Place) -> Engine:
+    """With frozen weights, which inductor then lays out for oneDNN: on a CPU twice as fast as without."""
+    import torch._inductor.config as inductor
+
+    inductor.freezing = True
+    backend = "eager" if place.is_dry else "inductor"  # dry: traced, but no code made, which takes half a minute
+    return Torch(torch.compile(place.load(), dynamic=True, backend=backend))
+
+
+def ours(place: Place) -> Engine:
+    return Torch(bert_fast.swap(place.load()))
+
+
+def ours_int8(place: Place) -> Engine:
+    swap: Any = bert_fast.swap
+    return Torch(swap(place.load(), int8=True))
+
+
+class OnnxRuntime(Engine):
+    def __init__(self, path: Path, threads: int) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+        options.log_severity_level = 3
+        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def inputs(self, batch: Batch) -> Any:
+        return {name: batch[name].numpy() for name in ("input_ids", "attention_mask")}
+
+    def call(self, inputs: Any) -> Any:
+        return self.session.run(None, inputs)
+
+    def hidden(self, output: Any) -> Tensor:
+        return torch.from_numpy(output[0])
+
+
+def onnx_runtime(place: Place, suffix: str = "") -> Engine:
+    """The graph with BERT's fusions, or the plain one, which the session optimises itself: which is faster varies."""
+    place.converted("plain.onnx")
+    if suffix:
+        place.converted("int8.onnx")
+    graphs = {"BERT fusions": f"fused{suffix}.onnx", "session's own optimisations": f"plain{suffix}.onnx"}
+    paths = {setting: place.folder / name for setting, name in graphs.items()}
+    return place.quickest(
+        {setting: OnnxRuntime(path, place.threads) for setting, path in paths.items() if path.is_file()}
+    )
+
+
+class OpenVino(Engine):
+    def __init__(self, path: Path, threads: int) -> None:
+        import openvino
+
+        options = {
+            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": 1,
+            "PERFORMANCE_HINT": "LATENCY",
+            "ENABLE_CPU_PINNING": False,  # the other peers run in this process
+        }
+        self.request = openvino.Core().compile_model(path, "CPU", options).create_infer_request()
+
+    def inputs(self, batch: Batch) -> Any:
+        return {name: batch[name].numpy() for name in ("input_ids", "attention_mask")}
+
+    def call(self, inputs: Any) -> Any:
+        return self.request.infer(inputs, share_inputs=True, share_outputs=True)
+
+    def hidden(self, output: Any) -> Tensor:
+        return torch.from_numpy(output[0].copy())
+
+
+def openvino(place: Place) -> Engine:
+    place.converted("plain.onnx")
+    return OpenVino(place.folder / "plain.onnx", place.threads)
+
+
+def openvino_int8(place: Place) -> Engine:
+    place.converted("int8.xml")
+    return OpenVino(place.folder / "int8.xml", place.threads)
+
+
+class CTranslate2(Engine):
+    """Takes lists of ids, without padding."""
+
+    def __init__(self, place: Place, compute_type: str) -> None:
+        import ctranslate2
+
+        place.converted("ctranslate2")
+        self.encoder = ctranslate2.Encoder(
+            str(place.folder / "ctranslate2"),
+            device="cpu",
+            compute_type=compute_type,
+            inter_threads=1,
+            intra_threads=place.threads,
+        )
+
+    def inputs(self, batch: Batch) -> Any:
+        lengths = batch["attention_mask"].sum(1).tolist()
+        return [row[:length].tolist() for row, length in zip(batch["input_ids"], lengths, strict=True)]
+
+    def call(self, inputs: Any) -> Any:
+        return self.encoder.forward_batch(inputs).last_hidden_state
+
+    def hidden(self, output: Any) -> Tensor:
+        import numpy as np
+
+        return torch.from_numpy(np.array(output))
+
+
+class SentenceTransformers(Engine):
+    """Mean-pooled vectors by `encode`, which sorts all texts by length; from ids, so that no tokeniser is timed."""
+
+    def __init__(self, place: Place) -> None:
+        from sentence_transformers import SentenceTransformer
+        from sentence_transformers.models import Pooling, Transformer
+
+        class OfIds(SentenceTransformer):
+            def preprocess(self, inputs: Any, *_: Any, **__: Any) -> Batch:
+                ones = [torch.ones_like(ids) for ids in inputs]
+                padded, mask = pad_sequence(inputs, batch_first=True), pad_sequence(ones, batch_first=True)
+                return {"input_ids": padded, "attention_mask": mask}
+
+        transformer = Transformer(str(place.folder))
+        self.model: Any = OfIds(modules=[transformer, Pooling(place.load().config.hidden_size, "mean")], device="cpu")
+
+    def call(self, inputs: Any, output: str = "sentence_embedding") -> Any:
+        return self.model.encode(
+            inputs, batch_size=MAX_TEXTS, output_value=output, convert_to_numpy=False, show_progress_bar=False
+        )
+
+    def hidden(self, output: Any) -> Tensor:
+        return pad_sequence(output, batch_first=True)
+
+    def work(self, batches: Sequence[Batch]) -> Callable[[], None]:
+        texts = [ids for batch in batches for ids in self._texts(batch)]
+        return lambda: self.call(texts)
+
+    def states(self, batches: Sequence[Batch]) -> list[Tensor]:
+        return [self.hidden(self.call(self._texts(batch), "token_embeddings")) for batch in batches]
+
+    @staticmethod
+    def _texts(batch: Batch) -> list[Tensor]:
+        return [ids[mask != 0] for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+
+
+# Ours first; transformers is the reference.
+PEERS = (
+    Peer(OURS, ours),
+    Peer(OURS_INT8, ours_int8, is_int8=True),
+    Peer(SDPA, lambda place: Torch(place.load())),
+    Peer("torch.compile", compiled),
+    Peer("ONNX Runtime", onnx_runtime),
+    Peer("OpenVINO", openvino),
+    Peer("CTranslate2", lambda place: CTranslate2(place, "float32")),
+    Peer("sentence-transformers", SentenceTransformers, only=MINILM),
+    Peer("ONNX Runtime int8", lambda place: onnx_runtime(place, "-int8"), is_int8=True),
+    Peer("OpenVINO int8", openvino_int8, is_int8=True),
+    Peer("CTranslate2 int8", lambda place: CTranslate2(place, "int8"), is_int8=True),
+)
+BY_NAME = {peer.name: peer for peer in PEERS}

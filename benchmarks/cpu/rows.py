@@ -1,0 +1,205 @@
+"""The rows: encoding, a training step, accuracy, and the grid of full batches."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bert_fast.cli import models
+
+from ..calls import Batch, training_pair, training_step
+from ..workloads import ragged_lengths, token_batches
+from .convert import BASE, CPU, MINILM
+from .measure import MIN_ROUNDS, Bench, measure, pooled, verify
+from .peers import BY_NAME, MAX_TEXTS, PEERS, SDPA
+from .report import OURS, Entry, Record
+
+GRID = "grid"
+ACCURACY = "STS-B dev, Spearman"
+GRID_BATCHES = (1, 2, 4, 8, 16, 32, 64)
+GRID_LENGTHS = (8, 16, 32, 64, 128, 256, 512)
+BASE_TOKENS = 8192  # larger cells of BERT-base take minutes
+
+
+class Row(NamedTuple):
+    """
+    Attributes:
+        run: fills the record.
+        is_default: whether it is measured where nobody asks for it.
+    """
+
+    model: str
+    what: str
+    run: Callable[[Bench, Record], None]
+    is_default: bool = True
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}: {self.what}"
+
+
+# ---- encoding --------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def encoding(bench: Bench, record: Record, lengths: Tensor, dry: Sequence[int], min_rounds: int = MIN_ROUNDS) -> None:
+    measure(bench, record, token_batches(torch.tensor(dry) if bench.is_dry else lengths, MAX_TEXTS), min_rounds)
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def training(bench: Bench, record: Record) -> None:
+    """A classifier's forward and backward; compared first without dropout, whose masks differ."""
+    lengths = torch.tensor([9, 3]) if bench.is_dry else ragged_lengths(256)[:MAX_TEXTS]
+    (batch,) = token_batches(lengths, MAX_TEXTS)
+    original, swapped = training_pair(bench.place.folder)
+    record.facts = {"texts": len(lengths), "useful_tokens": int(lengths.sum())}
+    steps = {OURS: training_step(swapped, batch), SDPA: training_step(original, batch)}
+    record.entries = [Entry(name) for name in steps]
+    record.entries[0].difference = float((steps[OURS]() - steps[SDPA]()).detach().abs())
+    theirs = dict(original.named_parameters())
+    for name, parameter in swapped.named_parameters():
+        torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-3, atol=1e-5)
+    for model in (original, swapped):
+        model.train()
+    medians, record.rounds = bench.time(steps, MIN_ROUNDS)
+    for entry in record.entries:
+        entry.seconds = medians[entry.name]
+    record.set_ratios()
+
+
+# ---- accuracy --------------------------------------------------------------------------------------------------------
+
+
+def read_pairs(path: Path) -> tuple[list[tuple[str, str]], list[float]]:
+    """Pairs of sentences and their scores, from a CSV file of sentence1,sentence2,score without a header."""
+    pairs, scores = [], []
+    with path.open(encoding="utf-8", newline="") as file:
+        for line, row in enumerate(csv.reader(file), 1):
+            try:
+                first, second, score = row
+                scores.append(float(score))
+            except ValueError:
+                raise ValueError(f"record {line} is {row!r}; sentence1,sentence2,score is allowed") from None
+            pairs.append((first, second))
+    if len(pairs) < 2:
+        raise ValueError(f"{len(pairs)} records; at least 2 are needed")
+    return pairs, scores
+
+
+@torch.inference_mode()
+def accuracy(bench: Bench, record: Record, path: Path | None) -> None:
+    """Spearman's correlation of the cosine of mean-pooled vectors with the scores."""
+    if path is None:
+        record.reason = "needs --stsb FILE, a CSV of sentence1,sentence2,score without a header"
+        return
+    from scipy.stats import spearmanr
+
+    pairs, scores = read_pairs(path)
+    if bench.is_dry:
+        pairs, scores = pairs[:16], scores[:16]
+    texts = [text for pair in pairs for text in pair]
+    _, tokenizer = models.load(bench.place.folder, CPU)
+    order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+    batches = [
+        {name: batch[name] for name in ("input_ids", "attention_mask")}
+        for batch in models.batches(tokenizer, [texts[index] for index in order], MAX_TEXTS, 256, CPU)
+    ]
+    record.facts = {"pairs": len(pairs), "useful_tokens": sum(int(b["attention_mask"].sum()) for b in batches)}
+    for peer in PEERS:
+        if not (peer.is_int8 or peer.name in (OURS, SDPA)):
+            continue
+        entry = Entry(peer.name, peer.is_int8)
+        record.entries.append(entry)
+        if (engine := bench.place.engine(peer)) is None:
+            entry.reason = bench.place.reasons[peer.name]
+            continue
+        try:
+            states = engine.states(batches)
+        except Exception as error:
+            entry.reason = f"{type(error).__name__}: {str(error).strip()[:300]}"
+            continue
+        vectors = torch.cat([pooled(hidden, batch) for hidden, batch in zip(states, batches, strict=True)])
+        in_order = torch.empty_like(vectors)
+        in_order[order] = vectors
+        cosines = torch.cosine_similarity(in_order[0::2], in_order[1::2])
+        record.scores[peer.name] = float(spearmanr(cosines.numpy(), scores).statistic)
+
+
+# ---- the grid --------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def grid(bench: Bench, record: Record) -> None:
+    """Never slower than transformers: full rows, ours against it alone, cell by cell."""
+    engines = {name: bench.place.engine(BY_NAME[name]) for name in (OURS, SDPA)}
+    cells = [(b, n) for b in GRID_BATCHES for n in GRID_LENGTHS]
+    if bench.is_dry:
+        cells = [(1, 8), (2, 8)]
+    record.facts = {"skipped": [cell for cell in cells if bench.place.name == BASE and cell[0] * cell[1] > BASE_TOKENS]}
+    for count, length in cells:
+        if (count, length) in record.facts["skipped"]:
+            continue
+        batches: list[Batch] = token_batches(torch.full((count,), length), count)
+        states = {name: engine.states(batches) for name, engine in engines.items() if engine is not None}
+        entry = Entry(OURS)
+        verify(entry, states[OURS], states[SDPA], batches)
+        if entry.reason is not None:
+            record.problem = f"{count} x {length}: {entry.reason}"
+            return
+        calls = {name: engine.work(batches) for name, engine in engines.items() if engine is not None}
+        medians, rounds = bench.time(calls, MIN_ROUNDS if count * length <= 2048 else 3)
+        record.cells.append(
+            {
+                "batch": count,
+                "length": length,
+                "rounds": rounds,
+                "difference": entry.difference,
+                "seconds": medians[OURS],
+                "ratio": medians[SDPA] / medians[OURS],
+            }
+        )
+
+
+# ---- the list --------------------------------------------------------------------------------------------------------
+
+
+def _workloads(model: str, texts: int, ragged_rounds: int) -> list[Row]:
+    ragged = ragged_lengths(texts)
+    kinds: list[tuple[str, Tensor, list[int], int]] = [
+        ("ragged, sorted by length", ragged.sort().values, [3, 9], ragged_rounds),
+        ("ragged, as they come", ragged, [9, 3], ragged_rounds),
+        ("full 128", torch.full((32,), 128), [8, 8], MIN_ROUNDS),
+        ("full 512", torch.full((8,), 512), [16, 16], MIN_ROUNDS),
+        *((f"one text of {n}", torch.tensor([n]), [7], MIN_ROUNDS) for n in (16, 64, 256)),
+    ]
+    return [
+        Row(model, what, partial(encoding, lengths=lengths, dry=dry, min_rounds=rounds))
+        for what, lengths, dry, rounds in kinds
+    ]
+
+
+def rows(stsb: Path | None = None) -> list[Row]:
+    """All rows, in the order in which they are measured; what is measured last goes first when time is short."""
+    return [
+        *_workloads(MINILM, 256, MIN_ROUNDS),
+        Row(MINILM, "training step", training),
+        Row(MINILM, ACCURACY, partial(accuracy, path=stsb)),
+        Row(MINILM, GRID, grid, is_default=False),
+        *_workloads(BASE, 64, 3),
+        Row(BASE, GRID, grid, is_default=False),
+    ]
+
+
+def chosen(only: Sequence[str], has_grid: bool) -> list[Row]:
+    """The rows whose names contain one of the words; without words the default ones."""
+    if not only:
+        return [row for row in rows() if row.is_default or has_grid]
+    return [row for row in rows() if any(word.lower() in row.name.lower() for word in only)]
