@@ -34,6 +34,7 @@ class Stack:
 
     Attributes:
         layers: their parts.
+        exact: linear layers that multiply in float32 although the others do in 8 bits; None: all do.
         refusal: why the engine does not serve them; None: it does.
         tensors: their parameters, 16 a layer, in the order of _C.Encoder.add_layer.
         in_8_bits: for each layer which of LINEARS multiply in 8 bits.
@@ -41,10 +42,30 @@ class Stack:
     """
 
     layers: Sequence[EncoderLayerParts]
+    exact: frozenset[nn.Module] | None = None
     refusal: str | None = None
     tensors: list[Tensor] = field(default_factory=list)
     in_8_bits: list[list[bool]] = field(default_factory=list)
     kind: tuple[Any, ...] = ()
+
+    def look_through(self) -> None:
+        """Sets all that follows from the layers as they are now."""
+        self.refusal, self.tensors, self.in_8_bits, self.kind = None, [], [], ()
+        try:
+            if not self.layers:
+                raise Refused("there are no layers")
+            for number, layer in enumerate(self.layers):
+                self.tensors += _tensors(layer, number)
+                exact = self.exact
+                self.in_8_bits.append([exact is not None and getattr(layer, name) not in exact for name in LINEARS])
+            _check_shapes(self.layers, self.tensors)
+        except Refused as refused:
+            self.refusal = str(refused)
+            return
+        norms: Any = [norm for layer in self.layers for norm in (layer.attention_norm, layer.output_norm)]
+        flags = (flag for layer in self.in_8_bits for flag in layer)
+        first = self.layers[0]
+        self.kind = (first.activation, first.head_size, *(norm.eps for norm in norms), *flags)
 
     def state(self) -> list[Any]:
         """Changes whenever a tensor is replaced or, by autograd's count, written to."""
@@ -52,25 +73,9 @@ class Stack:
 
 
 def stack(layers: Sequence[EncoderLayerParts], exact: frozenset[nn.Module] | None = None) -> Stack:
-    """Looks encoder layers through.
-
-    Args:
-        layers: their parts.
-        exact: linear layers that multiply in float32 although the others do in 8 bits; None: all do.
-    """
-    result = Stack(layers)
-    try:
-        if not layers:
-            raise Refused("there are no layers")
-        for number, layer in enumerate(layers):
-            result.tensors += _tensors(layer, number)
-            result.in_8_bits.append([exact is not None and getattr(layer, name) not in exact for name in LINEARS])
-        _check_shapes(layers, result.tensors)
-    except Refused as refused:
-        return Stack(layers, str(refused))
-    norms: Any = [norm for layer in layers for norm in (layer.attention_norm, layer.output_norm)]
-    flags = (flag for layer in result.in_8_bits for flag in layer)
-    result.kind = (layers[0].activation, layers[0].head_size, *(norm.eps for norm in norms), *flags)
+    """Looks encoder layers through; the arguments are those of Stack."""
+    result = Stack(layers, exact)
+    result.look_through()
     return result
 
 
@@ -162,11 +167,15 @@ def forget(owner: nn.Module) -> None:
 
 def why_not(stack: Stack, hidden: Tensor) -> str | None:
     """Why layers take the general path on such activations; None: the engine serves them."""
-    if stack.refusal is not None:
+    if not stack.layers:
         return stack.refusal
     choice = ops.choose("attention", hidden.device.type, hidden.dtype, stack.layers[0].head_size)
     if choice.path != "cpp":
         return choice.reason
+    if stack.refusal is not None:
+        stack.look_through()  # a parameter may have another form since, by way of its `data`
+        if stack.refusal is not None:
+            return stack.refusal
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
     if torch.is_grad_enabled() and (hidden.requires_grad or any(x.requires_grad for x in stack.tensors)):
@@ -202,6 +211,9 @@ def encode(
     state = stack.state()
     packed = _packed.get(owner)
     if packed is None or not packed.is_current(stack, state):
+        stack.look_through()
+        if stack.refusal is not None:
+            return None
         packed = _packed[owner] = _Packed(stack, state)
     order = None if rows is None else rows.argsort()
     x = ops.host_array(hidden.detach())

@@ -12,10 +12,13 @@ from torch import Tensor
 
 from . import ops
 
-__all__ = ["attention", "draw_seed", "embedding", "gelu", "layer_norm", "linear_cross_entropy", "pad"]
+__all__ = ["attention", "draw_seed", "embedding", "gelu", "layer_norm", "linear", "linear_cross_entropy", "pad"]
 
 IGNORED = -100
 """The label of a row that does not count."""
+
+FEWEST_ROWS = 64
+"""Below this many rows packing a weight takes longer than a better product saves."""
 
 
 def _needs_dispatcher(*tensors: Tensor | None) -> bool:
@@ -224,6 +227,45 @@ def layer_norm(
     else:
         y = ops.launch_layer_norm(rows, residual_rows, weight, bias, eps, *extras, has_statistics=False)[0]
     return y.view(x.shape)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b. For float32 on a CPU a product of our own, from FEWEST_ROWS rows on; elsewhere torch's.
+
+    Args:
+        x: (..., inputs).
+        weight: (outputs, inputs).
+        bias: (outputs,) or None.
+
+    Returns:
+        (..., outputs).
+
+    Raises:
+        ValueError: shapes that do not belong together.
+    """
+    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; (..., inputs) and (outputs, inputs) are "
+            "needed"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; ({weight.shape[0]},) is needed")
+    is_ours = (
+        not torch.compiler.is_compiling()  # which has products of its own, with packed weights
+        and all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu") for t in (x, weight, bias))
+        and ops.choose("linear", "cpu", torch.float32, x.shape[-1]).path == "cpp"
+        and not torch.is_autocast_enabled("cpu")
+        and x.numel() >= FEWEST_ROWS * x.shape[-1] > 0
+        and weight.shape[0] > 0
+    )
+    if not is_ours:
+        return F.linear(x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    if _needs_dispatcher(x, weight, bias):
+        y: Tensor = torch.ops.bert_fast.linear(rows, weight, bias)
+    else:
+        y = ops.launch_linear(rows, weight, bias)
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:

@@ -18,7 +18,6 @@ T = TypeVar("T")
 # Entries of a module's __dict__ that no forward pass reads, or that every call may change.
 UNREAD = frozenset(
     {
-        "_backward_pre_hooks_with_kwargs",
         "_forward_hooks_always_called",
         "_forward_hooks_with_kwargs",
         "_forward_pre_hooks_with_kwargs",

@@ -116,6 +116,15 @@ def normalise(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Ten
     return result
 
 
+def multiply(linear: nn.Module, x: Tensor) -> Tensor:
+    """linear(x), by the fastest product where it is a plain linear layer."""
+    if x.device.type == "cpu" and is_plain(linear, nn.Linear):
+        assert isinstance(linear, nn.Linear)
+        return functional.linear(x, linear.weight, linear.bias)
+    result: Tensor = linear(x)
+    return result
+
+
 def project(
     linear: nn.Module,
     dropout: nn.Module,
@@ -128,7 +137,7 @@ def project(
     """norm(dropout(linear(x)) + residual). In Triton all but the matrix product is one kernel."""
     rate = dropout_rate(dropout)
     if rate is None or not is_plain_norm(norm) or not has_kernel("layer_norm", residual):
-        return normalise(norm, drop(dropout, linear(x)), residual)
+        return normalise(norm, drop(dropout, multiply(linear, x)), residual)
     input_bias = None
     if is_plain(linear, nn.Linear):
         assert isinstance(linear, nn.Linear)
@@ -143,10 +152,10 @@ def project(
 def expand(linear: nn.Module, activation: Activation, x: Tensor) -> Tensor:
     """activation(linear(x)); the bias of a plain linear layer is added by the GELU kernel."""
     if not isinstance(activation, str):
-        return activation(linear(x))
+        return activation(multiply(linear, x))
     if is_plain(linear, nn.Linear) and linear.bias is not None:
         assert isinstance(linear, nn.Linear)
-        return functional.gelu(F.linear(x, linear.weight), linear.bias, activation)
+        return functional.gelu(functional.linear(x, linear.weight), linear.bias, activation)
     return functional.gelu(linear(x), None, activation)
 
 
@@ -178,9 +187,9 @@ def encoder_layer(
     heads = (-1, parts.head_size)
     seed = _layer_seed(parts, hidden_states)
     context = functional.attention(
-        parts.query(hidden_states).unflatten(-1, heads),
-        parts.key(hidden_states).unflatten(-1, heads),
-        parts.value(hidden_states).unflatten(-1, heads),
+        multiply(parts.query, hidden_states).unflatten(-1, heads),
+        multiply(parts.key, hidden_states).unflatten(-1, heads),
+        multiply(parts.value, hidden_states).unflatten(-1, heads),
         batch.cu_seqlens,
         batch.max_seqlen,
         tiles=batch.tiles,

@@ -381,6 +381,33 @@ void layer_norm_backward(const py::array& grad_y, const py::array& x, const std:
                                            rstd_data, grad_x_data, grad_weight_data, grad_bias_data, threads);
 }
 
+// out (rows, columns) = a b + bias. a and b are matrices one of whose dimensions is contiguous, such as transposes.
+cpu::Matrix matrix(const py::array& array, const char* name) {
+    check_dtype<float>(array, name);
+    check_rank(array, name, 2);
+    constexpr int64_t item = sizeof(float);
+    const int64_t row = array.strides(0), column = array.strides(1);
+    if (array.size() > 0 && (row % item != 0 || column % item != 0 || (row != item && column != item)))
+        fail(std::string(name) + " must be contiguous in one dimension");
+    return {static_cast<const float*>(array.data()), row / item, column / item};
+}
+
+void matrix_product(const py::array& a, const py::array& b, const std::optional<py::array>& bias, py::array& out,
+                    int threads) {
+    const cpu::Matrix left = matrix(a, "a");
+    const cpu::Matrix right = matrix(b, "b");
+    const int64_t rows = a.shape(0), depth = a.shape(1), columns = b.shape(1);
+    if (b.shape(0) != depth || depth == 0)
+        fail("a has shape " + shape_text(a) + " and b " + shape_text(b) + "; (m, k) and (k, n) with k > 0 are needed");
+    const float* bias_data = optional_input<float>(bias, "bias", {columns});
+    float* out_data = output<float>(out, "out", {rows, columns});
+    checked_threads(threads);
+    if (rows == 0 || columns == 0) return;
+    py::gil_scoped_release release;
+    const Buffer<float> workspace(cpu::kernels().matrix_product_workspace(depth, columns, threads));
+    cpu::kernels().matrix_product(left, right, rows, depth, columns, bias_data, out_data, workspace.data(), threads);
+}
+
 cpu::Gelu gelu_kind(const std::string& approximate) {
     if (approximate == "none") return cpu::Gelu::erf;
     if (approximate == "tanh") return cpu::Gelu::tanh;
@@ -471,6 +498,7 @@ void run_encoder(const Encoder& encoder, const py::array& x, const py::array& ti
                      std::to_string(tokens) + ") are needed");
         }
     }
+    if (encoder.num_layers() == 0) fail("the encoder has no layers");
     if (static_cast<int64_t>(outputs.size()) != encoder.num_layers())
         fail("outputs has " + std::to_string(outputs.size()) + " entries; " + std::to_string(encoder.num_layers()) +
              " are needed, one for each layer");
@@ -516,6 +544,8 @@ PYBIND11_MODULE(_C, module) {
     module.def("layer_norm_backward", &layer_norm_backward, py::arg("grad_y"), py::arg("x"),
                py::arg("residual"), py::arg("weight"), py::arg("mean"), py::arg("rstd"), py::arg("grad_x"),
                py::arg("grad_weight"), py::arg("grad_bias"), py::arg("threads"));
+    module.def("matrix_product", &matrix_product, py::arg("a"), py::arg("b"), py::arg("bias"), py::arg("out"),
+               py::arg("threads"));
     module.def("gelu", &gelu, py::arg("x"), py::arg("bias"), py::arg("approximate"), py::arg("y"),
                py::arg("threads"));
     module.def("gelu_backward", &gelu_backward, py::arg("grad_y"), py::arg("x"), py::arg("bias"),
@@ -524,7 +554,7 @@ PYBIND11_MODULE(_C, module) {
         .def(py::init(&make_encoder), py::arg("hidden_size"), py::arg("num_heads"), py::arg("intermediate_size"),
              py::arg("approximate"))
         .def("add_layer", &add_encoder_layer, py::arg("arrays"), py::arg("attention_eps"), py::arg("output_eps"),
-             py::arg("in_8_bits"), py::arg("threads"))
+             py::arg("in_8_bits"), py::arg("threads"), py::keep_alive<1, 2>())
         .def("is_current", &Encoder::is_current)
         .def("run", &run_encoder, py::arg("x"), py::arg("tiles"), py::arg("tile_size"), py::arg("rows"),
              py::arg("outputs"), py::arg("threads"));

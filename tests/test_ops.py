@@ -86,6 +86,9 @@ OPS: dict[str, Callable[[], tuple[Any, ...]]] = {
         leaf(5, 7), leaf(9, 7, seed=1), leaf(9, seed=2), torch.tensor([1, -100, 3, 8, 0]), True,
     ),
     "linear_cross_entropy-no_bias": lambda: (draw(5, 7), draw(9, 7, seed=1), None, torch.arange(5), False),
+    "linear": lambda: (leaf(5, 7), leaf(9, 7, seed=1), leaf(9, seed=2)),
+    "linear-no_bias": lambda: (draw(5, 7), leaf(9, 7, seed=1), None),
+    "linear_backward": lambda: (draw(5, 9), draw(5, 7, seed=1), draw(9, 7, seed=2), True, False, True),
     "pad": lambda: (leaf(3, 2, 7), torch.tensor([4, 0, 3]), 6),
     "pad-int64": lambda: (torch.arange(3), torch.tensor([4, 0, 3]), 6),
 }  # fmt: skip
@@ -364,7 +367,7 @@ X = draw(8, 3, 7)
         (lambda: functional.attention(X, X, X, CU_SEQLENS[:2], 5), "cu_seqlens ends with 5 and q holds 8 tokens"),
         (
             lambda: functional.attention(X, X, X, CU_SEQLENS, 5, tiles=TILES[:1]),
-            "the sequences hold 5 tokens and q holds 8",
+            "the sequences hold 5 tokens and the activations 8",
         ),
         (
             lambda: functional.layer_norm(X, draw(6), draw(7)),
@@ -447,16 +450,21 @@ def instruction_set(name: str) -> str:
 
 
 # The large shapes, the whole curve and the extremes: what another width of the vectors can break.
-WIDE_TESTS = "cpp and (large or curve or extremes or 8192)"
+OF_OPERATORS = "cpp and (large or curve or extremes or 8192)"
+
+# The answers of the engine, and their bits with 1, 2 and 4 threads.
+OF_ENGINE = "engine_hidden or engine_whatever or engine_rows or int8_twin or int8_exact or int8_whatever"
+
+WIDE_TESTS = f"({OF_OPERATORS}) or {OF_ENGINE}"
 
 
-@pytest.mark.parametrize("name", ["portable", "avx2"])
+@pytest.mark.parametrize("name", ["portable", "avx2", "avx512"])
 def test_kernels_of_every_instruction_set(name: str) -> None:
     """C++ tests again, in a process that is told which one to take. The best one runs in this process."""
     if name == bert_fast._C.instruction_set():
         pytest.skip(f"{name} runs in this process")
     assert instruction_set(name) == name
-    tests = [str(ROOT / "tests" / f"test_{op}.py") for op in ("attention", "layer_norm", "gelu")]
+    tests = [str(ROOT / "tests" / f"test_{op}.py") for op in ("attention", "layer_norm", "gelu", "engine", "int8")]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", WIDE_TESTS, *tests],
         env={**os.environ, "BERT_FAST_ISA": name}, cwd=ROOT, capture_output=True, text=True, check=False,

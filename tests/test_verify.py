@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -272,13 +273,10 @@ def engines_layer_lost(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(engine, "encode", encode)
 
 
-def engines_weights_stale(patch: pytest.MonkeyPatch) -> None:
-    real = engine.encode
-
-    def encode(owner: Any, stack: Any, *rest: Any, **others: Any) -> Any:
-        return real(owner, replace(stack, tensors=[x * 1.01 for x in stack.tensors]), *rest, **others)
-
-    patch.setattr(engine, "encode", encode)
+def engines_weights_off(patch: pytest.MonkeyPatch) -> None:
+    real = engine._tensors
+    patch.setattr(engine, "_tensors", lambda *layer: [x * 1.01 for x in real(*layer)])
+    patch.setattr(engine, "_packed", weakref.WeakKeyDictionary())
 
 
 def without_engine(patch: pytest.MonkeyPatch) -> None:
@@ -287,7 +285,7 @@ def without_engine(patch: pytest.MonkeyPatch) -> None:
 
 OF_OPERATORS = (tanh_gelu, no_gelu, other_eps, no_residual, neighbours_seen, scale_off)
 OF_ALL = (mask_ignored, positions_from_one)
-OF_ENGINE = (engines_neighbours_seen, engines_layer_lost, engines_weights_stale)
+OF_ENGINE = (engines_neighbours_seen, engines_layer_lost, engines_weights_off)
 
 
 @pytest.mark.parametrize("name", ["BertModel", "BertForSequenceClassification", "BertForTokenClassification"])

@@ -20,6 +20,7 @@ from .cross_entropy import launch_linear_cross_entropy
 from .embedding import launch_embedding, launch_embedding_backward
 from .gelu import launch_gelu, launch_gelu_backward
 from .layer_norm import launch_layer_norm, launch_layer_norm_backward
+from .linear import launch_linear, launch_linear_backward
 from .pad import launch_pad
 from .unpad import host_array, packing_arrays
 
@@ -42,6 +43,8 @@ __all__ = [
     "launch_gelu_backward",
     "launch_layer_norm",
     "launch_layer_norm_backward",
+    "launch_linear",
+    "launch_linear_backward",
     "launch_linear_cross_entropy",
     "launch_pad",
     "max_seqlen_bucket",

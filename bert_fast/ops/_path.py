@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 Path = Literal["triton", "cpp", "torch"]
-Op = Literal["attention", "layer_norm", "gelu", "embedding", "cross_entropy"]
+Op = Literal["attention", "layer_norm", "gelu", "embedding", "cross_entropy", "linear"]
 
 MAX_HEAD_SIZE = 128
 MAX_LAYER_NORM_WIDTH = 8192
@@ -22,7 +22,7 @@ MAX_LAYER_NORM_WIDTH = 8192
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Operators with a C++ kernel; on the CPU the others are a composition of torch's.
-_CPP_OPS = ("attention", "layer_norm", "gelu")
+_CPP_OPS = ("attention", "layer_norm", "gelu", "linear")
 
 
 class Choice(NamedTuple):
@@ -65,6 +65,8 @@ def _why_not_cpp(op: Op, dtype: torch.dtype) -> str | None:
 def _why_not_triton(op: Op, device_type: str, dtype: torch.dtype, width: int) -> str | None:
     if device_type != "cuda":
         return f"device {device_type}: the kernels are for cuda and cpu"
+    if op == "linear":
+        return "the library's matrix product"
     if not has_triton():
         return "triton is not installed"
     if dtype not in _KERNEL_DTYPES:
@@ -77,7 +79,7 @@ def _why_not_triton(op: Op, device_type: str, dtype: torch.dtype, width: int) ->
 @functools.cache
 def _choose(op: Op, device_type: str, dtype: torch.dtype, width: int, forced: Path | None) -> Choice:
     if forced is not None:
-        is_missing = forced == "cpp" and op not in _CPP_OPS
+        is_missing = (forced == "cpp" and op not in _CPP_OPS) or (forced == "triton" and op == "linear")
         return Choice("torch" if is_missing else forced, "forced")
     if op == "attention" and width > MAX_HEAD_SIZE:
         return Choice("torch", f"head size {width} is above {MAX_HEAD_SIZE}")

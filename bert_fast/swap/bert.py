@@ -253,7 +253,7 @@ def stack(model: Any) -> engine.Stack:
     try:
         return model_parts(model).stack
     except Refused as refused:
-        return engine.Stack([], f"{type(refused.args[0]).__name__} {refused.args[1]}")
+        return engine.Stack([], refusal=f"{type(refused.args[0]).__name__} {refused.args[1]}")
 
 
 def plan(model: Any, call: Call) -> Plan | str:

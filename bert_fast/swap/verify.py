@@ -17,8 +17,9 @@ from .core import argument_names, bind, in_float32, is_in_8_bits, original, swap
 FACTOR = 2.0
 UNITS = 16.0
 
-# What 8 bits may cost: the angle between a text's vector and its true one, and the order of the texts' similarities.
+# What 8 bits may cost: a text's vector against its true one, and the order of the texts' similarities.
 SMALLEST_COSINE = 0.98
+LARGEST_DISTANCE = 0.25
 SMALLEST_RANK_CORRELATION = 0.95
 FEWEST_TEXTS_TO_RANK = 4
 
@@ -66,25 +67,32 @@ class Int8Check:
     Attributes:
         name: of the encoder.
         cosine: smallest cosine between a text's vector and the same from float64.
+        distance: largest distance between the two, by the length of the true one.
         rank_correlation: Spearman's, between the cosines of all pairs of texts and the same from float64; None where
             there are too few texts.
     """
 
     name: str
     cosine: float
+    distance: float
     rank_correlation: float | None
 
     @property
     def is_within(self) -> bool:
         rank_correlation = 1.0 if self.rank_correlation is None else self.rank_correlation
-        return self.cosine >= SMALLEST_COSINE and rank_correlation >= SMALLEST_RANK_CORRELATION  # false for NaN
+        return (  # false for NaN
+            self.cosine >= SMALLEST_COSINE
+            and self.distance <= LARGEST_DISTANCE
+            and rank_correlation >= SMALLEST_RANK_CORRELATION
+        )
 
     def __str__(self) -> str:
         ranks = "too few texts to rank" if self.rank_correlation is None else f"{self.rank_correlation:.4f}"
         mark = "" if self.is_within else "  out of bounds"
         return (
-            f"{self.name} in 8 bits: smallest cosine of a text {self.cosine:.5f} (bound {SMALLEST_COSINE}), rank "
-            f"correlation of pairs {ranks} (bound {SMALLEST_RANK_CORRELATION}){mark}"
+            f"{self.name} in 8 bits: smallest cosine of a text {self.cosine:.5f} (bound {SMALLEST_COSINE}), largest "
+            f"distance {self.distance:.4f} (bound {LARGEST_DISTANCE}), rank correlation of pairs {ranks} "
+            f"(bound {SMALLEST_RANK_CORRELATION}){mark}"
         )
 
 
@@ -157,15 +165,18 @@ def _text_vectors(hidden: Tensor, rows: Tensor | None) -> Tensor:
 
 def _int8_check(name: str, state: Tensor, oracle: Tensor, rows: Tensor | None) -> Int8Check:
     ours, exact = _text_vectors(state, rows), _text_vectors(oracle, rows)
-    cosine = torch.nn.functional.cosine_similarity(ours, exact, dim=-1).min().item() if len(ours) else 1.0
+    if len(ours) == 0:
+        return Int8Check(name, 1.0, 0.0, None)
+    cosine = torch.nn.functional.cosine_similarity(ours, exact, dim=-1).min().item()
+    distance = ((ours - exact).norm(dim=-1) / exact.norm(dim=-1)).max().item()
     if len(ours) < FEWEST_TEXTS_TO_RANK:
-        return Int8Check(name, cosine, None)
+        return Int8Check(name, cosine, distance, None)
     one, other = torch.triu_indices(len(ours), len(ours), 1)
     ranks = []
     for vectors in (ours, exact):
         unit = torch.nn.functional.normalize(vectors, dim=-1)
         ranks.append((unit[one] * unit[other]).sum(-1).argsort().argsort().double())
-    return Int8Check(name, cosine, torch.corrcoef(torch.stack(ranks))[0, 1].item())
+    return Int8Check(name, cosine, distance, torch.corrcoef(torch.stack(ranks))[0, 1].item())
 
 
 @contextmanager
@@ -231,7 +242,8 @@ def verify(model: nn.Module, batch: Any) -> Verification:
     Raises:
         ValueError: nothing is swapped.
         VerificationError: an error is above twice the original's plus 16 units in the last place; or 8 bits turn a
-            text's vector by more than SMALLEST_COSINE, or reorder the pairs below SMALLEST_RANK_CORRELATION.
+            text's vector beyond SMALLEST_COSINE, move it beyond LARGEST_DISTANCE, or reorder the pairs below
+            SMALLEST_RANK_CORRELATION.
     """
     encoders = dict(swapped_encoders(model))
     if not encoders:

@@ -55,8 +55,8 @@ constexpr auto kBlockKernels = block_kernels(std::make_integer_sequence<int, kTi
 inline void multiply(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row, int64_t rows,
                      int64_t depth, int64_t columns, float* c, int64_t c_row, bool accumulates) {
     const Strips strips(rows);
-    for (int64_t first = 0; first < depth; first += kDepthBlock) {
-        const int64_t terms = std::min(kDepthBlock, depth - first);
+    for (int64_t first = 0; first < depth; first += kSumBlock) {
+        const int64_t terms = std::min(kSumBlock, depth - first);
         for (int64_t strip = 0; strip < strips.count; ++strip) {
             const int64_t row = strips.begin(strip);
             kBlockKernels[strips.begin(strip + 1) - row - 1]({a + row * a_row + first * a_column, a_row, a_column,
@@ -73,33 +73,6 @@ inline void copy_padded(const float* from, int64_t from_row, int64_t rows, int64
         std::fill(to + row * padded + width, to + (row + 1) * padded, 0.0f);
     }
 }
-
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
-#define BERT_FAST_SHUFFLES 1
-#endif
-#endif
-
-#ifdef BERT_FAST_SHUFFLES
-// Exchanges the off-diagonal blocks of size kStep in every square of 2 * kStep rows and columns (Eklundh 1972).
-template <int kStep, int... kLane>
-BERT_FAST_INLINE void exchange_blocks(Vec (&rows)[kLanes], std::integer_sequence<int, kLane...>) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-        if ((i & kStep) != 0) continue;
-        const Vec upper = rows[i];
-        const Vec lower = rows[i + kStep];
-        rows[i] = __builtin_shufflevector(upper, lower, ((kLane & kStep) == 0 ? kLane : kLanes + kLane - kStep)...);
-        rows[i + kStep] = __builtin_shufflevector(upper, lower, ((kLane & kStep) == 0 ? kLane + kStep : kLanes + kLane)...);
-    }
-}
-
-template <int kStep>
-BERT_FAST_INLINE void transpose_square(Vec (&rows)[kLanes]) {
-    exchange_blocks<kStep>(rows, std::make_integer_sequence<int, kLanes>());
-    if constexpr (kStep > 1) transpose_square<kStep / 2>(rows);
-}
-#endif
 
 // to (width x padded) = transpose of from (rows x width), zeros beyond rows.
 inline void transpose_padded(const float* from, int64_t from_row, int64_t rows, int64_t width, int64_t padded,
@@ -136,7 +109,7 @@ struct SoftmaxRow {
 };
 
 inline SoftmaxRow softmax_row(float* scores, int64_t keys, int64_t padded, float scale) {
-    std::fill(scores + keys, scores + padded, std::numeric_limits<float>::lowest());
+    std::fill(scores + keys, scores + padded, -std::numeric_limits<float>::infinity());
     Vec largest_of_lane;
     load(scores, largest_of_lane);
     for (int64_t j = kLanes; j < padded; j += kLanes) {

@@ -10,6 +10,33 @@ typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
 BERT_FAST_INLINE void load(const float* from, Vec& to) { std::memcpy(&to, from, sizeof(Vec)); }
 BERT_FAST_INLINE void store(const Vec& from, float* to) { std::memcpy(to, &from, sizeof(Vec)); }
 
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define BERT_FAST_SHUFFLES 1
+#endif
+#endif
+
+#ifdef BERT_FAST_SHUFFLES
+// Exchanges the off-diagonal blocks of size kStep in every square of 2 * kStep rows and columns (Eklundh 1972).
+template <int kStep, int... kLane>
+BERT_FAST_INLINE void exchange_blocks(Vec (&rows)[kLanes], std::integer_sequence<int, kLane...>) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+        if ((i & kStep) != 0) continue;
+        const Vec upper = rows[i];
+        const Vec lower = rows[i + kStep];
+        rows[i] = __builtin_shufflevector(upper, lower, ((kLane & kStep) == 0 ? kLane : kLanes + kLane - kStep)...);
+        rows[i + kStep] = __builtin_shufflevector(upper, lower, ((kLane & kStep) == 0 ? kLane + kStep : kLanes + kLane)...);
+    }
+}
+
+template <int kStep>
+BERT_FAST_INLINE void transpose_square(Vec (&rows)[kLanes]) {
+    exchange_blocks<kStep>(rows, std::make_integer_sequence<int, kLanes>());
+    if constexpr (kStep > 1) transpose_square<kStep / 2>(rows);
+}
+#endif
+
 // Terms of a sum that are added one after another; long sums are sums of such sums, which keeps their digits.
 constexpr int64_t kSumBlock = 256;
 

@@ -8,7 +8,7 @@ void pack_weight(const float* weight, int64_t outputs, int64_t inputs, float* pa
     const int64_t panels = num_panels(outputs);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t panel = 0; panel < panels; ++panel)
-        pack_panels(weight, 1, inputs, inputs, outputs, panel, panel + 1, packed);
+        pack_panels({weight, 1, inputs}, inputs, outputs, panel, panel + 1, packed);
 }
 
 // Columns of the intermediate activation that exist at a time: the last product begins before the one before it ends.
@@ -81,12 +81,13 @@ class EncoderStack {
     EncoderStack(const EncoderShape& shape, const EncoderLayer* layers, const float* input, float* const* outputs,
                  float* workspace, int threads)
         : shape_(shape), layers_(layers), input_(input), outputs_(outputs), threads_(threads),
-          tokens_(shape.attention.tokens), hidden_(shape.hidden_size), inner_(shape.intermediate_size),
+          tokens_(shape.attention.tokens),
+          most_rows_(std::max(tokens_, shape.rows == nullptr ? 0 : shape.num_rows)), hidden_(shape.hidden_size), inner_(shape.intermediate_size),
           row_(round_up(hidden_, kLanes)), slice_(std::min(kGroup, round_up(inner_, kLanes))), workspace_{workspace, 0} {
-        query_ = workspace_.take(tokens_ * row_);
+        query_ = workspace_.take(most_rows_ * row_);
         key_ = workspace_.take(tokens_ * row_);
         value_ = workspace_.take(tokens_ * row_);
-        context_ = workspace_.take(tokens_ * row_);
+        context_ = workspace_.take(most_rows_ * row_);
         if (shape_.rows != nullptr) selected_ = workspace_.take(shape_.num_rows * hidden_);
     }
 
@@ -94,8 +95,8 @@ class EncoderStack {
         const int64_t used = workspace_.used;
         if (shares_columns()) {
             const int64_t inner_row = round_up(inner_, kLanes);
-            return used + tokens_ * (2 * row_ + inner_row) + 3 * Workspace::bytes_size(tokens_, hidden_) +
-                   Workspace::bytes_size(tokens_, inner_);
+            return used + most_rows_ * (2 * row_ + inner_row) + 3 * Workspace::bytes_size(most_rows_, hidden_) +
+                   Workspace::bytes_size(most_rows_, inner_);
         }
         return used + threads_ * block_workspace();
     }
@@ -387,11 +388,11 @@ class EncoderStack {
     void run_by_columns(Scratch& scratch) {
         const int64_t inner_row = round_up(inner_, kLanes);
         Workspace rest = workspace_.rest();
-        float* sums = rest.take(tokens_ * row_);
-        const Activation attended = rest.activation(rest.take(tokens_ * row_), hidden_, tokens_, hidden_);
-        const Activation context = rest.activation(context_, row_, tokens_, hidden_);
-        const Activation activation = rest.activation(rest.take(tokens_ * inner_row), inner_row, tokens_, inner_);
-        Activation x = rest.activation(nullptr, hidden_, tokens_, hidden_);
+        float* sums = rest.take(most_rows_ * row_);
+        const Activation attended = rest.activation(rest.take(most_rows_ * row_), hidden_, most_rows_, hidden_);
+        const Activation context = rest.activation(context_, row_, most_rows_, hidden_);
+        const Activation activation = rest.activation(rest.take(most_rows_ * inner_row), inner_row, most_rows_, inner_);
+        Activation x = rest.activation(nullptr, hidden_, most_rows_, hidden_);
         const int64_t panels = num_panels(hidden_);
         const int64_t inner_panels = num_panels(inner_);
         for (int64_t i = 0; i < shape_.num_layers; ++i) {
@@ -435,7 +436,9 @@ class EncoderStack {
     const float* input_;
     float* const* outputs_;
     int threads_;
-    int64_t tokens_, hidden_, inner_, row_, slice_;
+    int64_t tokens_;
+    int64_t most_rows_;  // of an activation: rows that are wanted twice may be more than there are tokens
+    int64_t hidden_, inner_, row_, slice_;
     Workspace workspace_;
     float *query_, *key_, *value_, *context_;
     float* selected_ = nullptr;

@@ -34,7 +34,8 @@ struct ErfGelu {
 
     static BERT_FAST_INLINE float value(float x) {
         const ErfGelu gelu(x);
-        return (x < 0.0f ? 0.0f : x) - gelu.magnitude * gelu.tail;
+        // Infinities become NaN, as in torch: where they come from, something is wrong that should be seen.
+        return (x < 0.0f ? 0.0f : x) - gelu.magnitude * gelu.tail + x * 0.0f;
     }
     static BERT_FAST_INLINE float slope(float x) {
         const ErfGelu gelu(x);

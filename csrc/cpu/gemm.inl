@@ -115,25 +115,44 @@ inline int panel_vectors(int64_t columns, int64_t panel) {
 
 int64_t packed_size(int64_t columns, int64_t depth) { return round_up(columns, kLanes) * depth; }
 
-// panels = B in panels of kPanel columns, each depth x its width, zeros beyond the last column. B[k][n] is read as
-// b[k * b_row + n * b_column].
-void pack_panels(const float* b, int64_t b_row, int64_t b_column, int64_t depth, int64_t columns, int64_t first_panel,
-                 int64_t last_panel, float* panels) {
+// to (depth x width) = some columns of B, `filled` of them, then zeros.
+inline void pack_panel(const Matrix& b, int64_t depth, int64_t filled, int64_t width, float* to) {
+    int64_t first = 0;
+#ifdef BERT_FAST_SHUFFLES
+    if (b.row == 1) {  // a transposed matrix: squares of it pass through the registers
+        const int64_t whole = filled / kLanes * kLanes;
+        for (; first + kLanes <= depth; first += kLanes) {
+            for (int64_t n = 0; n < whole; n += kLanes) {
+                Vec square[kLanes];
+                for (int i = 0; i < kLanes; ++i) load(b.at(first, n + i), square[i]);
+                transpose_square<kLanes / 2>(square);
+                for (int i = 0; i < kLanes; ++i) store(square[i], to + (first + i) * width + n);
+            }
+            for (int64_t p = first; p < first + kLanes; ++p) {
+                for (int64_t n = whole; n < filled; ++n) to[p * width + n] = *b.at(p, n);
+                std::fill(to + p * width + filled, to + (p + 1) * width, 0.0f);
+            }
+        }
+    }
+#endif
+    for (int64_t p = first; p < depth; ++p) {
+        float* row = to + p * width;
+        if (b.column == 1) {
+            std::memcpy(row, b.at(p, 0), filled * sizeof(float));
+        } else {
+            for (int64_t n = 0; n < filled; ++n) row[n] = *b.at(p, n);
+        }
+        std::fill(row + filled, row + width, 0.0f);
+    }
+}
+
+// panels = B (depth x columns) in panels of kPanel columns, each depth x its width, zeros beyond the last column.
+inline void pack_panels(const Matrix& b, int64_t depth, int64_t columns, int64_t first_panel, int64_t last_panel,
+                        float* panels) {
     for (int64_t panel = first_panel; panel < last_panel; ++panel) {
         const int64_t first = panel * kPanel;
         const int64_t width = panel_vectors(columns, panel) * kLanes;
-        const int64_t filled = std::min(width, columns - first);
-        const float* from = b + first * b_column;
-        float* to = panels + first * depth;
-        for (int64_t p = 0; p < depth; ++p, to += width) {
-            const float* row = from + p * b_row;
-            if (b_column == 1) {
-                std::memcpy(to, row, filled * sizeof(float));
-            } else {
-                for (int64_t n = 0; n < filled; ++n) to[n] = row[n * b_column];
-            }
-            std::fill(to + filled, to + width, 0.0f);
-        }
+        pack_panel({b.at(0, first), b.row, b.column}, depth, std::min(width, columns - first), width, panels + first * depth);
     }
 }
 
@@ -194,5 +213,70 @@ void multiply_panels(const Product& product, int64_t first_panel, int64_t last_p
 struct Nothing {
     BERT_FAST_INLINE void operator()(float*, int64_t, int64_t, int64_t) const {}
 };
+
+// ---- any product ---------------------------------------------------------------------------------------------------
+
+constexpr int64_t kRowBlock = 8 * kTileRows;
+
+// Floats for matrix_product: B in panels; for each thread a part of A and the last panel of C.
+int64_t matrix_product_workspace(int64_t depth, int64_t columns, int threads) {
+    return packed_size(columns, depth) + threads * kRowBlock * (kDepthBlock + kPanel);
+}
+
+// Some rows of C = A * B + bias, B being packed.
+inline void multiply_row_block(const Matrix& a, const float* panels, int64_t rows, int64_t depth, int64_t columns,
+                               const float* bias, float* c, float* own) {
+    float* packed_a = own;
+    float* last_columns = own + kRowBlock * kDepthBlock;
+    const int64_t count = num_panels(columns);
+    const int64_t whole_panels = columns % kLanes == 0 ? count : count - 1;
+    for (int64_t first = 0; first < depth; first += kDepthBlock) {
+        const int64_t terms = std::min(kDepthBlock, depth - first);
+        Product product{a.at(0, first), a.row, a.column, rows, panels, depth, first, terms, columns, nullptr,
+                        c, columns, 0, first > 0};
+        if (a.row == 1) {  // columns of A, each in a line of its own: gathered, since a tile reads them again and again
+            for (int64_t p = 0; p < terms; ++p) std::memcpy(packed_a + p * rows, a.at(0, first + p), rows * sizeof(float));
+            product.a = packed_a;
+            product.a_column = rows;
+        }
+        if (first + terms == depth) product.bias = bias;
+        multiply_panels(product, 0, whole_panels, Nothing());
+        if (whole_panels == count) continue;
+        product.first_column = whole_panels * kPanel;
+        product.c = last_columns;
+        product.c_row = kPanel;
+        multiply_panels(product, whole_panels, count, Nothing());
+    }
+    if (whole_panels < count) {
+        const int64_t column = whole_panels * kPanel;
+        for (int64_t row = 0; row < rows; ++row)
+            std::memcpy(c + row * columns + column, last_columns + row * kPanel, (columns - column) * sizeof(float));
+    }
+}
+
+// C (rows x columns, dense) = A (rows x depth) * B (depth x columns) + bias (columns, or null).
+void matrix_product(const Matrix& a, const Matrix& b, int64_t rows, int64_t depth, int64_t columns, const float* bias,
+                    float* c, float* workspace, int threads) {
+    const int64_t panels = num_panels(columns);
+    const int64_t block_rows = std::min(kRowBlock, round_up((rows + threads - 1) / threads, kTileRows));
+    const int64_t blocks = (rows + block_rows - 1) / block_rows;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#ifdef _OPENMP
+        const int thread = omp_get_thread_num();
+#else
+        const int thread = 0;
+#endif
+        float* own = workspace + packed_size(columns, depth) + thread * kRowBlock * (kDepthBlock + kPanel);
+#pragma omp for schedule(static)
+        for (int64_t panel = 0; panel < panels; ++panel) pack_panels(b, depth, columns, panel, panel + 1, workspace);
+#pragma omp for schedule(dynamic)
+        for (int64_t block = 0; block < blocks; ++block) {
+            const int64_t first = block * block_rows;
+            multiply_row_block({a.at(first, 0), a.row, a.column}, workspace, std::min(block_rows, rows - first),
+                               depth, columns, bias, c + first * columns, own);
+        }
+    }
+}
 
 }  // namespace bert_fast::cpu::BERT_FAST_ISA

@@ -24,6 +24,8 @@ const Kernels BERT_FAST_NAME(BERT_FAST_ISA) = {
     BERT_FAST_ISA::layer_norm_backward,
     BERT_FAST_ISA::gelu,
     BERT_FAST_ISA::gelu_backward,
+    BERT_FAST_ISA::matrix_product_workspace,
+    BERT_FAST_ISA::matrix_product,
     BERT_FAST_ISA::packed_size,
     BERT_FAST_ISA::pack_weight,
     BERT_FAST_ISA::quantised_size,

@@ -91,6 +91,13 @@ struct EncoderShape {
     bool is_in_8_bits;  // all products, or nearly
 };
 
+// Element (i, j) is data[i * row + j * column].
+struct Matrix {
+    const float* data;
+    int64_t row, column;
+    const float* at(int64_t i, int64_t j) const { return data + i * row + j * column; }
+};
+
 struct Kernels {
     const char* instruction_set;
 
@@ -116,6 +123,12 @@ struct Kernels {
     // grad_bias may be null.
     void (*gelu_backward)(int64_t rows, int64_t width, const float* grad_y, const float* x, const float* bias,
                                Gelu kind, float* grad_x, float* grad_bias, int threads);
+
+    // C (rows, columns), dense, = A (rows, depth) B (depth, columns) + bias (columns), which may be null; depth is at least
+    // 1. `workspace` holds matrix_product_workspace floats.
+    int64_t (*matrix_product_workspace)(int64_t depth, int64_t columns, int threads);
+    void (*matrix_product)(const Matrix& a, const Matrix& b, int64_t rows, int64_t depth, int64_t columns,
+                           const float* bias, float* c, float* workspace, int threads);
 
     // Elements of a packed weight matrix.
     int64_t (*packed_size)(int64_t outputs, int64_t inputs);

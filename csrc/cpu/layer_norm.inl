@@ -3,6 +3,25 @@
 
 namespace bert_fast::cpu::BERT_FAST_ISA {
 
+// The sum of term(i) over whole vectors, and of term_at(i) over what is left. Its order depends on the width alone: what
+// the compiler makes of a plain loop depends on where the row lies in memory.
+constexpr int kPartialSums = 4;
+
+template <typename Term, typename TermAt>
+BERT_FAST_INLINE float sum_of_row(int64_t width, const Term& term, const TermAt& term_at) {
+    Vec sums[kPartialSums] = {};
+    int64_t i = 0;
+    for (; i + kPartialSums * kLanes <= width; i += kPartialSums * kLanes)
+        for (int j = 0; j < kPartialSums; ++j) sums[j] += term(i + j * kLanes);
+    for (; i + kLanes <= width; i += kLanes) sums[0] += term(i);
+    const Vec all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    float sum = 0.0f;
+    for (int lane = 0; lane < kLanes; ++lane) sum += all[lane];
+    float rest = 0.0f;
+    for (; i < width; ++i) rest += term_at(i);
+    return sum + rest;
+}
+
 inline void layer_norm_row(int64_t width, const float* x, const float* residual, const float* weight, const float* bias,
                            float eps, float* y, float& mean, float& rstd) {
     if (residual == nullptr) {
@@ -11,24 +30,20 @@ inline void layer_norm_row(int64_t width, const float* x, const float* residual,
 #pragma omp simd
         for (int64_t i = 0; i < width; ++i) y[i] = x[i] + residual[i];
     }
-    float sum = 0.0f;
-    for (int64_t first = 0; first < width; first += kSumBlock) {
-        const int64_t last = std::min(first + kSumBlock, width);
-        float part = 0.0f;
-#pragma omp simd reduction(+ : part)
-        for (int64_t i = first; i < last; ++i) part += y[i];
-        sum += part;
-    }
-    mean = sum / static_cast<float>(width);
+    const auto vector_at = [y](int64_t i) {
+        Vec result;
+        load(y + i, result);
+        return result;
+    };
+    mean = sum_of_row(width, vector_at, [y](int64_t i) { return y[i]; }) / static_cast<float>(width);
     const float centre = mean;
-    float squares = 0.0f;
-    for (int64_t first = 0; first < width; first += kSumBlock) {
-        const int64_t last = std::min(first + kSumBlock, width);
-        float part = 0.0f;
-#pragma omp simd reduction(+ : part)
-        for (int64_t i = first; i < last; ++i) part += (y[i] - centre) * (y[i] - centre);
-        squares += part;
-    }
+    const float squares = sum_of_row(
+        width,
+        [&](int64_t i) {
+            const Vec distance = vector_at(i) - centre;
+            return distance * distance;
+        },
+        [&](int64_t i) { return (y[i] - centre) * (y[i] - centre); });
     rstd = 1.0f / std::sqrt(squares / static_cast<float>(width) + eps);
     const float factor = rstd;
 #pragma omp simd
