@@ -80,6 +80,19 @@ def layer_norm_backward(
     grad_bias: Array,
     threads: int,
 ) -> None: ...
+def embedding(
+    word: Array,
+    position: Array,
+    token_type: Array,
+    ids: Array,
+    positions: Array,
+    token_types: Array | None,
+    weight: Array,
+    bias: Array,
+    eps: float,
+    out: Array,
+    threads: int,
+) -> None: ...
 def matrix_product(a: Array, b: Array, bias: Array | None, out: Array, threads: int) -> None: ...
 def gelu(x: Array, bias: Array | None, approximate: str, y: Array, threads: int) -> None: ...
 def gelu_backward(

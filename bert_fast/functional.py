@@ -318,7 +318,8 @@ def embedding(
 ) -> Tensor:
     """dropout(LayerNorm(word[ids] + position[positions] + token_type[token_types]) * weight + bias).
 
-    One kernel on a GPU (Devlin et al. 2018, figure 2); elsewhere torch's lookups and layer_norm.
+    One kernel on a GPU (Devlin et al. 2018, figure 2), and in float32 on a CPU where no gradient is wanted; elsewhere
+    torch's lookups and layer_norm.
 
     Args:
         word, position, token_type: (entries, width), one dtype.
@@ -354,6 +355,16 @@ def embedding(
     _check_dropout(dropout_p)
     is_float32_wanted = word.device.type == "cuda" and torch.is_autocast_enabled("cuda") and word.dtype != torch.float32
     if is_float32_wanted or ops.choose("embedding", word.device.type, word.dtype, width).path != "triton":
+        parts = (word, position, token_type, weight, bias)
+        if (
+            dropout_p == 0.0
+            and not _needs_dispatcher(*parts)
+            and all(x.dtype == torch.float32 and x.device.type == "cpu" for x in parts)
+            and ops.choose("layer_norm", "cpu", torch.float32, width).path == "cpp"
+        ):
+            return ops.launch_embedding_on_cpu(
+                word, position, token_type, ids, positions, token_types, weight, bias, eps
+            )
         types = token_type[0] if token_types is None else F.embedding(token_types, token_type)
         x = F.embedding(ids, word, padding_idx) + types
         return F.dropout(layer_norm(F.embedding(positions, position), weight, bias, eps, x), dropout_p)

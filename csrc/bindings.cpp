@@ -381,6 +381,40 @@ void layer_norm_backward(const py::array& grad_y, const py::array& x, const std:
                                            rstd_data, grad_x_data, grad_weight_data, grad_bias_data, threads);
 }
 
+// The indices (tokens), each of which has an entry in the table.
+const int64_t* indices_into(const py::array& indices, const char* name, int64_t tokens, int64_t entries) {
+    const int64_t* data = input<int64_t>(indices, name, {tokens});
+    for (int64_t i = 0; i < tokens; ++i)
+        if (data[i] < 0 || data[i] >= entries)
+            throw py::index_error(std::string(name) + "[" + std::to_string(i) + "] is " + std::to_string(data[i]) +
+                                  "; its table has " + std::to_string(entries) + " entries");
+    return data;
+}
+
+void embedding(const py::array& word, const py::array& position, const py::array& token_type, const py::array& ids,
+               const py::array& positions, const std::optional<py::array>& token_types, const py::array& weight,
+               const py::array& bias, float eps, py::array& out, int threads) {
+    check_rank(word, "word", 2);
+    check_rank(position, "position", 2);
+    check_rank(token_type, "token_type", 2);
+    check_rank(ids, "ids", 1);
+    const int64_t tokens = ids.shape(0);
+    const int64_t width = word.shape(1);
+    const cpu::EmbeddingTables tables{input<float>(word, "word", {word.shape(0), width}),
+                                      input<float>(position, "position", {position.shape(0), width}),
+                                      input<float>(token_type, "token_type", {token_type.shape(0), width})};
+    if (!token_types && token_type.shape(0) == 0) fail("token_type has no entries");
+    const int64_t* id_data = indices_into(ids, "ids", tokens, word.shape(0));
+    const int64_t* position_data = indices_into(positions, "positions", tokens, position.shape(0));
+    const int64_t* type_data =
+        token_types ? indices_into(*token_types, "token_types", tokens, token_type.shape(0)) : nullptr;
+    const cpu::Norm norm{input<float>(weight, "weight", {width}), input<float>(bias, "bias", {width}), eps};
+    float* out_data = output<float>(out, "out", {tokens, width});
+    checked_threads(threads);
+    py::gil_scoped_release release;
+    cpu::kernels().embedding(tables, width, tokens, id_data, position_data, type_data, norm, out_data, threads);
+}
+
 // out (rows, columns) = a b + bias. a and b are matrices one of whose dimensions is contiguous, such as transposes.
 cpu::Matrix matrix(const py::array& array, const char* name) {
     check_dtype<float>(array, name);
@@ -544,6 +578,9 @@ PYBIND11_MODULE(_C, module) {
     module.def("layer_norm_backward", &layer_norm_backward, py::arg("grad_y"), py::arg("x"),
                py::arg("residual"), py::arg("weight"), py::arg("mean"), py::arg("rstd"), py::arg("grad_x"),
                py::arg("grad_weight"), py::arg("grad_bias"), py::arg("threads"));
+    module.def("embedding", &embedding, py::arg("word"), py::arg("position"), py::arg("token_type"), py::arg("ids"),
+               py::arg("positions"), py::arg("token_types"), py::arg("weight"), py::arg("bias"), py::arg("eps"),
+               py::arg("out"), py::arg("threads"));
     module.def("matrix_product", &matrix_product, py::arg("a"), py::arg("b"), py::arg("bias"), py::arg("out"),
                py::arg("threads"));
     module.def("gelu", &gelu, py::arg("x"), py::arg("bias"), py::arg("approximate"), py::arg("y"),

@@ -12,7 +12,7 @@ from test_dropout import differentiate, draw
 from tolerance import Place, assert_twice_torch
 from torch import Tensor
 
-from bert_fast import functional, reference
+from bert_fast import functional, ops, reference
 
 EPS = 1e-5
 WORDS, POSITIONS, TYPES = 13, 7, 2
@@ -225,12 +225,36 @@ def test_rows_that_lie_in_no_table_are_nan_and_alone(triton_place: Place, index:
     assert not expected.isnan().any()
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_without_gradients_on_a_cpu(case: Case) -> None:
+    """One pass in C++, against float64 and the composition that gradients take."""
+    place = Place("cpp", "cpu", torch.float32)
+    inputs, indices = make_inputs(place, case.width), case.indices("cpu")
+
+    def call(x: dict[str, Tensor]) -> Tensor:
+        ids, positions, token_types = indices
+        return functional.embedding(
+            x["word"], x["position"], x["token_type"], ids, positions, token_types, x["weight"], x["bias"]
+        )
+
+    with place.forced(), torch.no_grad():
+        found = call(inputs)
+    with place.forced():
+        composed = call({name: x.clone().requires_grad_() for name, x in inputs.items()}).detach()
+    with ops.forced_path("torch"):
+        exact = call({name: x.double() for name, x in inputs.items()})
+    assert_twice_torch("y", found, composed, exact)
+    assert found.shape == (len(case.ids), case.width)
+
+
+@pytest.mark.parametrize("has_gradients", [False, True])
 @pytest.mark.parametrize("index", [0, 1, 2])
-def test_rows_that_lie_in_no_table_raise_elsewhere(index: int) -> None:
+def test_rows_that_lie_in_no_table_raise_elsewhere(index: int, has_gradients: bool) -> None:
     case = CASES[1]
     place = Place("cpp", "cpu", torch.float32)
     inputs, indices = make_inputs(place, case.width), case.all_indices("cpu")
     indices[index][2] = 100
+    inputs["word"].requires_grad_(has_gradients)
     with place.forced(), pytest.raises(IndexError):
         functional.embedding(
             inputs["word"], inputs["position"], inputs["token_type"], *indices, inputs["weight"], inputs["bias"]

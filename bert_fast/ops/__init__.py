@@ -17,7 +17,7 @@ from ._path import (
 )
 from .attention import TILE_SIZE, launch_attention, launch_attention_backward, max_seqlen_bucket
 from .cross_entropy import launch_linear_cross_entropy
-from .embedding import launch_embedding, launch_embedding_backward
+from .embedding import launch_embedding, launch_embedding_backward, launch_embedding_on_cpu
 from .gelu import launch_gelu, launch_gelu_backward
 from .layer_norm import launch_layer_norm, launch_layer_norm_backward
 from .linear import launch_linear, launch_linear_backward
@@ -39,6 +39,7 @@ __all__ = [
     "launch_attention_backward",
     "launch_embedding",
     "launch_embedding_backward",
+    "launch_embedding_on_cpu",
     "launch_gelu",
     "launch_gelu_backward",
     "launch_layer_norm",

@@ -1,4 +1,4 @@
-"""bert_fast::embedding: the sum of three embeddings, normalised, with dropout. Triton only."""
+"""bert_fast::embedding: the sum of three embeddings, normalised, with dropout. Triton; C++ without gradients."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._path import define, device_of, differentiate, kernel_path, optional_contiguous
+from .. import _C
+from ._path import array, define, device_of, differentiate, kernel_path, optional_contiguous, threads
 from .layer_norm import feature
 
 
@@ -49,6 +50,39 @@ def launch_embedding(
         return embedding.embedding(
             tables, weight.contiguous(), bias.contiguous(), eps, seed, stream, dropout_p, has_statistics
         )
+
+
+def launch_embedding_on_cpu(
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor,
+    ids: Tensor,
+    positions: Tensor,
+    token_types: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+) -> Tensor:
+    """LayerNorm(word[ids] + position[positions] + token_type[token_types]) in float32, (rows, width), without autograd.
+
+    Raises:
+        IndexError: an index outside its table.
+    """
+    out = torch.empty(ids.shape[0], word.shape[1])
+    _C.embedding(
+        array(word.contiguous()),
+        array(position.contiguous()),
+        array(token_type.contiguous()),
+        array(ids.long().contiguous()),
+        array(positions.long().contiguous()),
+        None if token_types is None else array(token_types.long().contiguous()),
+        array(weight.contiguous()),
+        array(bias.contiguous()),
+        eps,
+        array(out),
+        threads(),
+    )
+    return out
 
 
 def _tables(*tensors: Tensor | None) -> Any:

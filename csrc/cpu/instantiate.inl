@@ -22,6 +22,7 @@ const Kernels BERT_FAST_NAME(BERT_FAST_ISA) = {
     BERT_FAST_ISA::attention_backward,
     BERT_FAST_ISA::layer_norm,
     BERT_FAST_ISA::layer_norm_backward,
+    BERT_FAST_ISA::embedding,
     BERT_FAST_ISA::gelu,
     BERT_FAST_ISA::gelu_backward,
     BERT_FAST_ISA::matrix_product_workspace,

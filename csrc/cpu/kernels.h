@@ -53,6 +53,19 @@ struct AttentionGradients {
 
 enum class Gelu { erf, tanh };
 
+struct Norm {
+    const float* weight;
+    const float* bias;
+    float eps;
+};
+
+// (entries, width) each.
+struct EmbeddingTables {
+    const float* word;
+    const float* position;
+    const float* token_type;
+};
+
 // A weight in 8 bits, as Kernels::quantise_weight leaves it.
 struct Quantised {
     const int8_t* weight;
@@ -65,12 +78,6 @@ struct Linear {
     const float* weight;  // null where the other is there
     Quantised quantised;
     const float* bias;
-};
-
-struct Norm {
-    const float* weight;
-    const float* bias;
-    float eps;
 };
 
 struct EncoderLayer {
@@ -116,6 +123,11 @@ struct Kernels {
     void (*layer_norm_backward)(int64_t rows, int64_t width, const float* grad_y, const float* x,
                                     const float* residual, const float* weight, const float* mean, const float* rstd,
                                     float* grad_x, float* grad_weight, float* grad_bias, int threads);
+
+    // y (tokens, width) = LayerNorm(word[ids] + position[positions] + token_type[token_types]) (Devlin et al. 2018, figure
+    // 2); token_types null: all 0. Indices are checked by the caller.
+    void (*embedding)(const EmbeddingTables&, int64_t width, int64_t tokens, const int64_t* ids, const int64_t* positions,
+                      const int64_t* token_types, const Norm&, float* y, int threads);
 
     // y = GELU(x + bias) (Hendrycks and Gimpel 2016); bias may be null.
     void (*gelu)(int64_t rows, int64_t width, const float* x, const float* bias, Gelu kind, float* y, int threads);

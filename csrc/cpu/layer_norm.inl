@@ -22,14 +22,9 @@ BERT_FAST_INLINE float sum_of_row(int64_t width, const Term& term, const TermAt&
     return sum + rest;
 }
 
-inline void layer_norm_row(int64_t width, const float* x, const float* residual, const float* weight, const float* bias,
-                           float eps, float* y, float& mean, float& rstd) {
-    if (residual == nullptr) {
-        std::memcpy(y, x, width * sizeof(float));
-    } else {
-#pragma omp simd
-        for (int64_t i = 0; i < width; ++i) y[i] = x[i] + residual[i];
-    }
+// In place.
+inline void normalise_row(int64_t width, const float* weight, const float* bias, float eps, float* y, float& mean,
+                          float& rstd) {
     const auto vector_at = [y](int64_t i) {
         Vec result;
         load(y + i, result);
@@ -48,6 +43,33 @@ inline void layer_norm_row(int64_t width, const float* x, const float* residual,
     const float factor = rstd;
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i) y[i] = (y[i] - centre) * factor * weight[i] + bias[i];
+}
+
+inline void layer_norm_row(int64_t width, const float* x, const float* residual, const float* weight, const float* bias,
+                           float eps, float* y, float& mean, float& rstd) {
+    if (residual == nullptr) {
+        std::memcpy(y, x, width * sizeof(float));
+    } else {
+#pragma omp simd
+        for (int64_t i = 0; i < width; ++i) y[i] = x[i] + residual[i];
+    }
+    normalise_row(width, weight, bias, eps, y, mean, rstd);
+}
+
+void embedding(const EmbeddingTables& tables, int64_t width, int64_t tokens, const int64_t* ids,
+               const int64_t* positions, const int64_t* token_types, const Norm& norm, float* y, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t token = 0; token < tokens; ++token) {
+        const float* word = tables.word + ids[token] * width;
+        const float* position = tables.position + positions[token] * width;
+        const float* type = tables.token_type + (token_types == nullptr ? 0 : token_types[token] * width);
+        float* row = y + token * width;
+#pragma omp simd
+        for (int64_t i = 0; i < width; ++i) row[i] = position[i] + (word[i] + type[i]);
+        float mean;
+        float rstd;
+        normalise_row(width, norm.weight, norm.bias, norm.eps, row, mean, rstd);
+    }
 }
 
 void layer_norm(int64_t rows, int64_t width, const float* x, const float* residual, const float* weight,
