@@ -45,7 +45,6 @@ def attention_backward(
     k: Array,
     v: Array,
     out: Array,
-    log_sum_exp: Array,
     tiles: Array,
     tile_size: int,
     scale: float,

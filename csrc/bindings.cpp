@@ -320,7 +320,7 @@ void attention(const py::array& q, const py::array& k, const py::array& v, const
 }
 
 void attention_backward(const py::array& grad_out, const py::array& q, const py::array& k, const py::array& v,
-                        const py::array& out, const py::array& log_sum_exp, const py::array& tiles, int64_t tile_size,
+                        const py::array& out, const py::array& tiles, int64_t tile_size,
                         float scale, int64_t seed, int64_t stream, double dropout_p, py::array& grad_q,
                         py::array& grad_k, py::array& grad_v, int threads) {
     const cpu::AttentionShape shape =
@@ -333,12 +333,11 @@ void attention_backward(const py::array& grad_out, const py::array& q, const py:
     };
     const cpu::ConstRows q_rows = view(q, "q"), k_rows = view(k, "k"), v_rows = view(v, "v"), out_rows = view(out, "out"),
                          grad_out_rows = view(grad_out, "grad_out");
-    const float* lse = input<float>(log_sum_exp, "log_sum_exp", {shape.heads, shape.tokens});
     const cpu::AttentionGradients grads{view_output(grad_q, "grad_q"), view_output(grad_k, "grad_k"),
                                         view_output(grad_v, "grad_v")};
     checked_threads(threads);
     py::gil_scoped_release release;
-    cpu::kernels().attention_backward(shape, q_rows, k_rows, v_rows, out_rows, lse, grad_out_rows, grads, threads);
+    cpu::kernels().attention_backward(shape, q_rows, k_rows, v_rows, out_rows, grad_out_rows, grads, threads);
 }
 
 void layer_norm(const py::array& x, const std::optional<py::array>& residual, const py::array& weight,
@@ -571,8 +570,8 @@ PYBIND11_MODULE(_C, module) {
                py::arg("tile_size"), py::arg("scale"), py::arg("seed"), py::arg("stream"), py::arg("dropout_p"),
                py::arg("out"), py::arg("log_sum_exp"), py::arg("threads"));
     module.def("attention_backward", &attention_backward, py::arg("grad_out"), py::arg("q"), py::arg("k"), py::arg("v"),
-               py::arg("out"), py::arg("log_sum_exp"), py::arg("tiles"), py::arg("tile_size"), py::arg("scale"),
-               py::arg("seed"), py::arg("stream"), py::arg("dropout_p"), py::arg("grad_q"), py::arg("grad_k"), py::arg("grad_v"), py::arg("threads"));
+               py::arg("out"), py::arg("tiles"), py::arg("tile_size"), py::arg("scale"), py::arg("seed"), py::arg("stream"),
+               py::arg("dropout_p"), py::arg("grad_q"), py::arg("grad_k"), py::arg("grad_v"), py::arg("threads"));
     module.def("layer_norm", &layer_norm, py::arg("x"), py::arg("residual"), py::arg("weight"), py::arg("bias"),
                py::arg("eps"), py::arg("y"), py::arg("mean"), py::arg("rstd"), py::arg("threads"));
     module.def("layer_norm_backward", &layer_norm_backward, py::arg("grad_y"), py::arg("x"),

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tolerance import Place, assert_twice_torch, magnitude, threads
 from torch import Tensor
@@ -191,6 +191,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(cases())
+@example(Case((13, 0), 2, 57, (4, 0)))  # where gradients of scores are small differences of large numbers
 def test_any_batch_on_cpp(case: Case) -> None:
     check(case, CPP)
 

@@ -98,7 +98,7 @@ def launch_attention_backward(
     _refuse_bias(bias)
     grad_q, grad_k, grad_v = torch.empty(q.shape), torch.empty(k.shape), torch.empty(v.shape)
     _C.attention_backward(
-        array(grad_out), array(q), array(k), array(v), array(out), array(lse), array(tiles), TILE_SIZE, scale,
+        array(grad_out), array(q), array(k), array(v), array(out), array(tiles), TILE_SIZE, scale,
         *_dropout(seed, stream, dropout_p), array(grad_q), array(grad_k), array(grad_v), threads(),
     )  # fmt: skip
     return grad_q, grad_k, grad_v, None

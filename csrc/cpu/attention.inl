@@ -4,6 +4,7 @@ namespace bert_fast::cpu::BERT_FAST_ISA {
 
 constexpr int64_t kQueryBlock = kTileRows;    // queries whose scores lie in scratch at a time
 constexpr int64_t kGradQueryBlock = 16;       // the same in the backward pass, where they are the depth of two products
+constexpr int64_t kGradSumBlock = 32;         // gradients of scores are differences of larger numbers, which need their digits
 constexpr int64_t kMaxKeysInPlace = 256;      // above, rows that are far apart are read so often that V is copied
 
 struct Block {
@@ -51,12 +52,13 @@ constexpr std::array<void (*)(const Block&), sizeof...(kRows)> block_kernels(std
 
 constexpr auto kBlockKernels = block_kernels(std::make_integer_sequence<int, kTileRows>());
 
-// C (rows x columns) = or += A * B; columns is a multiple of kLanes.
+// C (rows x columns) = or += A * B; columns is a multiple of kLanes. `sum_block` terms are added one after another.
 inline void multiply(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row, int64_t rows,
-                     int64_t depth, int64_t columns, float* c, int64_t c_row, bool accumulates) {
+                     int64_t depth, int64_t columns, float* c, int64_t c_row, bool accumulates,
+                     int64_t sum_block = kSumBlock) {
     const Strips strips(rows);
-    for (int64_t first = 0; first < depth; first += kSumBlock) {
-        const int64_t terms = std::min(kSumBlock, depth - first);
+    for (int64_t first = 0; first < depth; first += sum_block) {
+        const int64_t terms = std::min(sum_block, depth - first);
         for (int64_t strip = 0; strip < strips.count; ++strip) {
             const int64_t row = strips.begin(strip);
             kBlockKernels[strips.begin(strip + 1) - row - 1]({a + row * a_row + first * a_column, a_row, a_column,
@@ -120,12 +122,17 @@ inline SoftmaxRow softmax_row(float* scores, int64_t keys, int64_t padded, float
     float largest = largest_of_lane[0];
     for (int i = 1; i < kLanes; ++i) largest = largest_of_lane[i] > largest ? largest_of_lane[i] : largest;
     Vec sums{};
-    for (int64_t j = 0; j < padded; j += kLanes) {
-        Vec score;
-        load(scores + j, score);
-        score = exp_nonpositive((score - largest) * scale);
-        store(score, scores + j);
-        sums += score;
+    for (int64_t first = 0; first < padded; first += kSumBlock) {
+        const int64_t last = std::min(first + kSumBlock, padded);
+        Vec part{};
+        for (int64_t j = first; j < last; j += kLanes) {
+            Vec score;
+            load(scores + j, score);
+            score = exp_nonpositive((score - largest) * scale);
+            store(score, scores + j);
+            part += score;
+        }
+        sums += part;
     }
     float sum = 0.0f;
     for (int i = 0; i < kLanes; ++i) sum += sums[i];
@@ -240,8 +247,8 @@ void attention(const AttentionShape& shape, ConstRows q, ConstRows k, ConstRows 
 
 // All gradients of one sequence and head, by blocks of queries (Dao 2023, FlashAttention-2, section 3.1).
 inline void attention_grad_sequence(const AttentionShape& shape, const Tile& tile, int64_t head, ConstRows q,
-                                    ConstRows k, ConstRows v, ConstRows out, const float* log_sum_exp,
-                                    ConstRows grad_out, const AttentionGradients& grads, Scratch& scratch) {
+                                    ConstRows k, ConstRows v, ConstRows out, ConstRows grad_out,
+                                    const AttentionGradients& grads, Scratch& scratch) {
     const int64_t size = shape.head_size;
     const int64_t start = tile.sequence_start;
     const int64_t queries = tile.num_rows;
@@ -249,7 +256,6 @@ inline void attention_grad_sequence(const AttentionShape& shape, const Tile& til
     const int64_t offset = head * size;
     const int64_t padded_keys = round_up(keys, kLanes);
     const int64_t padded_size = round_up(size, kLanes);
-    const float* lse = log_sum_exp + head * shape.tokens + start;
     const int64_t factor_count = shape.dropout.is_on() ? round_up(keys, 4 * kStep) : 0;
     scratch.reset(2 * size * padded_keys + 3 * keys * padded_size + kGradQueryBlock * (2 * padded_keys + 3 * padded_size) +
                   factor_count);
@@ -279,9 +285,9 @@ inline void attention_grad_sequence(const AttentionShape& shape, const Tile& til
         copy_padded(q.row(start + row) + offset, q.stride, count, size, padded_size, q_block);
         copy_padded(grad_out.row(start + row) + offset, grad_out.stride, count, size, padded_size, grad_out_block);
         multiply(q_block, padded_size, 1, k_transposed, padded_keys, count, size, padded_keys, probabilities,
-                 padded_keys, false);
+                 padded_keys, false, kGradSumBlock);
         multiply(grad_out_block, padded_size, 1, v_transposed, padded_keys, count, size, padded_keys, grad_scores,
-                 padded_keys, false);
+                 padded_keys, false, kGradSumBlock);
         for (int64_t i = 0; i < count; ++i) {
             const float* out_row = out.row(start + row + i) + offset;
             const float* grad_out_row = grad_out_block + i * padded_size;
@@ -290,19 +296,20 @@ inline void attention_grad_sequence(const AttentionShape& shape, const Tile& til
             for (int64_t d = 0; d < size; ++d) delta += out_row[d] * grad_out_row[d];
             float* p = probabilities + i * padded_keys;
             float* ds = grad_scores + i * padded_keys;
-            const float log_sum = lse[row + i];
+            // Not from the log-sum-exp: its rounding alone would cost the probabilities two units in the last place.
+            const float inverse = 1.0f / softmax_row(p, keys, padded_keys, shape.scale).sum;
             if (shape.dropout.is_on()) {
                 dropout_factors(shape.dropout, start, head, row + i, keys, factors);
 #pragma omp simd
                 for (int64_t j = 0; j < keys; ++j) {
-                    const float probability = exp_f32(p[j] * shape.scale - log_sum);
+                    const float probability = p[j] * inverse;
                     p[j] = probability * factors[j];
                     ds[j] = probability * (ds[j] * factors[j] - delta) * shape.scale;
                 }
             } else {
 #pragma omp simd
                 for (int64_t j = 0; j < keys; ++j) {
-                    p[j] = exp_f32(p[j] * shape.scale - log_sum);
+                    p[j] *= inverse;
                     ds[j] = p[j] * (ds[j] - delta) * shape.scale;
                 }
             }
@@ -329,7 +336,7 @@ inline void attention_grad_sequence(const AttentionShape& shape, const Tile& til
 }
 
 void attention_backward(const AttentionShape& shape, ConstRows q, ConstRows k, ConstRows v, ConstRows out,
-                        const float* log_sum_exp, ConstRows grad_out, const AttentionGradients& grads, int threads) {
+                        ConstRows grad_out, const AttentionGradients& grads, int threads) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         Scratch scratch;
@@ -337,8 +344,7 @@ void attention_backward(const AttentionShape& shape, ConstRows q, ConstRows k, C
         for (int64_t item = 0; item < shape.num_tiles * shape.heads; ++item) {
             const Tile& tile = shape.tiles[item / shape.heads];
             if (tile.first_row == 0)
-                attention_grad_sequence(shape, tile, item % shape.heads, q, k, v, out, log_sum_exp, grad_out, grads,
-                                        scratch);
+                attention_grad_sequence(shape, tile, item % shape.heads, q, k, v, out, grad_out, grads, scratch);
         }
     }
 }

@@ -112,8 +112,7 @@ struct Kernels {
                       int threads);
 
     void (*attention_backward)(const AttentionShape&, ConstRows q, ConstRows k, ConstRows v, ConstRows out,
-                               const float* log_sum_exp, ConstRows grad_out, const AttentionGradients& grads,
-                               int threads);
+                               ConstRows grad_out, const AttentionGradients& grads, int threads);
 
     // y = LayerNorm(x + residual) * weight + bias (Ba et al. 2016); residual may be null. mean and rstd (rows) may be null.
     void (*layer_norm)(int64_t rows, int64_t width, const float* x, const float* residual, const float* weight,
