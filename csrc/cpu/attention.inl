@@ -4,7 +4,7 @@ namespace bert_fast::cpu::BERT_FAST_ISA {
 
 constexpr int64_t kQueryBlock = kTileRows;    // queries whose scores lie in scratch at a time
 constexpr int64_t kGradQueryBlock = 16;       // the same in the backward pass, where they are the depth of two products
-constexpr int64_t kGradSumBlock = 32;         // gradients of scores are differences of larger numbers, which need their digits
+constexpr int64_t kGradSumBlock = 32;         // gradients of scores are differences of larger numbers
 constexpr int64_t kMaxKeysInPlace = 256;      // above, rows that are far apart are read so often that V is copied
 
 struct Block {

@@ -81,9 +81,9 @@ class EncoderStack {
     EncoderStack(const EncoderShape& shape, const EncoderLayer* layers, const float* input, float* const* outputs,
                  float* workspace, int threads)
         : shape_(shape), layers_(layers), input_(input), outputs_(outputs), threads_(threads),
-          tokens_(shape.attention.tokens),
-          most_rows_(std::max(tokens_, shape.rows == nullptr ? 0 : shape.num_rows)), hidden_(shape.hidden_size), inner_(shape.intermediate_size),
-          row_(round_up(hidden_, kLanes)), slice_(std::min(kGroup, round_up(inner_, kLanes))), workspace_{workspace, 0} {
+          tokens_(shape.attention.tokens), most_rows_(std::max(tokens_, shape.rows == nullptr ? 0 : shape.num_rows)),
+          hidden_(shape.hidden_size), inner_(shape.intermediate_size), row_(round_up(hidden_, kLanes)),
+          slice_(std::min(kGroup, round_up(inner_, kLanes))), workspace_{workspace, 0} {
         query_ = workspace_.take(most_rows_ * row_);
         key_ = workspace_.take(tokens_ * row_);
         value_ = workspace_.take(tokens_ * row_);
@@ -120,7 +120,9 @@ class EncoderStack {
     static constexpr int64_t kMinRowsIn8Bits = 4;
     static constexpr int64_t kMaxBlockFloats = 48 * 1024;  // of an activation in a block of rows
 
-    bool shares_columns() const { return threads_ > 1 && tokens_ < threads_ * (shape_.is_in_8_bits ? kMinRowsIn8Bits : kMinRows); }
+    bool shares_columns() const {
+        return threads_ > 1 && tokens_ < threads_ * (shape_.is_in_8_bits ? kMinRowsIn8Bits : kMinRows);
+    }
 
     // ---- both ways ----
 
