@@ -216,6 +216,7 @@ def encode(
             return None
         packed = _packed[owner] = _Packed(stack, state)
     order = None if rows is None else rows.argsort()
+    in_order = None if rows is None else ops.host_array(rows[order])
     x = ops.host_array(hidden.detach())
     last = torch.empty(x.shape if rows is None else (len(rows), x.shape[1]))
     if needs_all:
@@ -226,7 +227,7 @@ def encode(
         x,
         ops.host_array(batch.tiles),
         ops.TILE_SIZE,
-        None if rows is None or order is None else ops.host_array(rows[order]),
+        in_order,
         [output.numpy() for output in (*before, last)],
         torch.get_num_threads(),
     )

@@ -300,9 +300,8 @@ def pack_call(model: Any, call: Call, device: torch.device | str | None = None) 
         raise ValueError(f"attention_mask has shape {tuple(mask.shape)} and the batch {shape}")
     types = call.get("token_type_ids")
     keep = kept_rows.get()
-    if (
-        not isinstance(keep, Tensor) or tuple(keep.shape) != shape
-    ):  # labels that do not fit: the head's own error says so
+    # Labels that do not fit are left to the head, whose own error says so.
+    if not isinstance(keep, Tensor) or tuple(keep.shape) != shape:
         keep = None
     batch = unpad(
         mask,

@@ -37,6 +37,15 @@ BERT_FAST_INLINE void transpose_square(Vec (&rows)[kLanes]) {
 }
 #endif
 
+// Of the calling thread, in its team.
+inline int thread_number() {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
 // Terms of a sum that are added one after another; long sums are sums of such sums, which keeps their digits.
 constexpr int64_t kSumBlock = 256;
 

@@ -231,14 +231,6 @@ class EncoderStack {
         return rows * (2 * row_ + slice_) + Workspace::bytes_size(rows, hidden_) + Workspace::bytes_size(rows, slice_);
     }
 
-    static int thread_number() {
-#ifdef _OPENMP
-        return omp_get_thread_num();
-#else
-        return 0;
-#endif
-    }
-
     static int team_size() {
 #ifdef _OPENMP
         return omp_get_num_threads();

@@ -262,12 +262,7 @@ void matrix_product(const Matrix& a, const Matrix& b, int64_t rows, int64_t dept
     const int64_t blocks = (rows + block_rows - 1) / block_rows;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-#ifdef _OPENMP
-        const int thread = omp_get_thread_num();
-#else
-        const int thread = 0;
-#endif
-        float* own = workspace + packed_size(columns, depth) + thread * kRowBlock * (kDepthBlock + kPanel);
+        float* own = workspace + packed_size(columns, depth) + thread_number() * kRowBlock * (kDepthBlock + kPanel);
 #pragma omp for schedule(static)
         for (int64_t panel = 0; panel < panels; ++panel) pack_panels(b, depth, columns, panel, panel + 1, workspace);
 #pragma omp for schedule(dynamic)
