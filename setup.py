@@ -49,6 +49,7 @@ setup(
                 "csrc/pool.h",
                 "csrc/cpu/kernels.h",
                 "csrc/cpu/standard.h",
+                "csrc/cpu/team.h",
                 "csrc/cpu/common.inl",
                 "csrc/cpu/gemm.inl",
                 "csrc/cpu/int8.inl",

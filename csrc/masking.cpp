@@ -15,6 +15,7 @@
 #include <utility>
 
 #include "cpu/kernels.h"
+#include "cpu/team.h"
 #include "philox.h"
 
 namespace bert_fast {
@@ -75,6 +76,7 @@ class Unpadding {
         std::vector<int32_t> prefixes(mask_.rows);
         Packing packing;
         std::exception_ptr error;
+        threads = cpu::useful_threads(threads, mask_.rows * mask_.columns);
 #pragma omp parallel num_threads(threads) if (threads > 1)
         {
 #pragma omp for schedule(static)
@@ -205,6 +207,7 @@ void pad_rows(const std::byte* packed, const int64_t* indices, int64_t packed_ro
                  std::to_string(source[indices[i]]) + "]; indices must be distinct");
         source[indices[i]] = i;
     }
+    threads = cpu::useful_threads(threads, out_rows * row_bytes / static_cast<int64_t>(sizeof(float)));
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t row = 0; row < out_rows; ++row) {
         std::byte* target = out + row * row_bytes;
@@ -511,6 +514,7 @@ std::vector<std::vector<int64_t>> mask_tokens(const int64_t* ids, const int32_t*
             fail("special_ids holds " + std::to_string(id) + "; ids lie in [0, " + std::to_string(rule.vocab_size) + ")");
 
     const BlockMasker masker(ids, word_ids, columns, special_ids, rule, masked_ids, labels);
+    threads = cpu::useful_threads(threads, rows * columns);
     const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, rows));
     std::vector<std::vector<int64_t>> places(parts);
     std::vector<int64_t> bad_place(parts, -1);

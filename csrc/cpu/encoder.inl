@@ -102,13 +102,15 @@ class EncoderStack {
     }
 
     void run() {
+        Team team;
 #pragma omp parallel num_threads(threads_) if (threads_ > 1)
         {
+            const Worker worker(team);
             Scratch scratch;
             if (shares_columns()) {
-                run_by_columns(scratch);
+                run_by_columns(worker, scratch);
             } else {
-                run_by_rows(scratch);
+                run_by_rows(worker, scratch);
             }
         }
     }
@@ -167,17 +169,16 @@ class EncoderStack {
         }
     }
 
-    void gather_rows() {
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < shape_.num_rows; ++row)
+    void gather_rows(const Worker& worker) const {
+        worker.share_evenly(shape_.num_rows, [&](int64_t row) {
             std::memcpy(selected_ + row * hidden_, layer_input(shape_.num_layers - 1) + shape_.rows[row] * hidden_,
                         hidden_ * sizeof(float));
+        });
     }
 
-    void attend(bool is_partial, Scratch& scratch) {
+    void attend(bool is_partial, const Worker& worker, Scratch& scratch) const {
         const AttentionShape& shape = shape_.attention;
-#pragma omp for schedule(dynamic)
-        for (int64_t item = 0; item < shape.num_tiles * shape.heads; ++item) {
+        worker.share_out(shape.num_tiles * shape.heads, [&](int64_t item) {
             const Tile& tile = shape.tiles[item / shape.heads];
             const int64_t head = item % shape.heads;
             const int64_t first = int64_t{tile.sequence_start} + tile.first_row;
@@ -192,7 +193,7 @@ class EncoderStack {
             attend_queries(shape, tile, head,
                            {{query_ + query * row_, row_}, {context_ + query * row_, row_}, nullptr, count, 0},
                            {key_, row_}, {value_, row_}, scratch);
-        }
+        });
     }
 
     void normalise(const Norm& norm, int64_t rows, const float* x, const float* residual, float* y) const {
@@ -231,18 +232,6 @@ class EncoderStack {
         return rows * (2 * row_ + slice_) + Workspace::bytes_size(rows, hidden_) + Workspace::bytes_size(rows, slice_);
     }
 
-    static int team_size() {
-#ifdef _OPENMP
-        return omp_get_num_threads();
-#else
-        return 1;
-#endif
-    }
-
-    // A thread's part of `count` things, neighbours all of them.
-    static int64_t own_first(int64_t count) { return count * thread_number() / team_size(); }
-    static int64_t own_last(int64_t count) { return count * (thread_number() + 1) / team_size(); }
-
     // A thread's own memory for a block.
     struct Block {
         float* sums;
@@ -251,8 +240,8 @@ class EncoderStack {
         Activation slice;
     };
 
-    Block own_block() const {
-        Workspace own = workspace_.rest(thread_number() * block_workspace());
+    Block own_block(const Worker& worker) const {
+        Workspace own = workspace_.rest(worker.number() * block_workspace());
         const int64_t rows = max_block_rows() + kTileRows;
         float* sums = own.take(rows * row_);
         float* attended = own.take(rows * row_);
@@ -271,25 +260,20 @@ class EncoderStack {
         return std::min(rows, strips * block / num_blocks(rows) * kTileRows);
     }
 
-    void run_by_rows(Scratch& scratch) {
-        const Block own = own_block();
-        const int64_t blocks = num_blocks(tokens_);
-#pragma omp for schedule(dynamic)
-        for (int64_t block = 0; block < blocks; ++block) project_block(0, block, own);
+    void run_by_rows(const Worker& worker, Scratch& scratch) const {
+        const Block own = own_block(worker);
+        worker.share_out(num_blocks(tokens_), [&](int64_t block) { project_block(0, block, own); });
         for (int64_t layer = 0; layer < shape_.num_layers; ++layer) {
             if (is_partial(layer)) {
-                gather_rows();
-#pragma omp for schedule(static)
-                for (int64_t block = 0; block < num_blocks(shape_.num_rows); ++block) project_selected(block, own);
+                gather_rows(worker);
+                worker.share_evenly(num_blocks(shape_.num_rows), [&](int64_t block) { project_selected(block, own); });
             }
-            attend(is_partial(layer), scratch);
+            attend(is_partial(layer), worker, scratch);
             const Part current = part(layer);
-            const int64_t count = num_blocks(current.rows);
-#pragma omp for schedule(dynamic)
-            for (int64_t block = 0; block < count; ++block) {
+            worker.share_out(num_blocks(current.rows), [&](int64_t block) {
                 finish_block(current, block, own);
                 if (layer + 1 < shape_.num_layers) project_block(layer + 1, block, own);
-            }
+            });
         }
     }
 
@@ -357,29 +341,28 @@ class EncoderStack {
 
     // ---- few rows: every product is shared out by its panels ----
 
-    void share_out_bytes(bool is_wanted, const Activation& a, int64_t rows) const {
-        if (!is_wanted) return;
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; ++row) a.from_row(row).quantise(1);
+    static void share_out_bytes(const Worker& worker, bool is_wanted, const Activation& a, int64_t rows) {
+        if (is_wanted) worker.share_evenly(rows, [&](int64_t row) { a.from_row(row).quantise(1); });
     }
 
-    void share_out_norm(const Norm& norm, int64_t rows, const float* x, const float* residual, float* y) const {
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; ++row)
-            normalise(norm, 1, x + row * row_, residual + row * hidden_, y + row * hidden_);
+    void share_out_norm(const Worker& worker, const Norm& norm, int64_t rows, const float* x, const float* residual,
+                        float* y) const {
+        worker.share_evenly(
+            rows, [&](int64_t row) { normalise(norm, 1, x + row * row_, residual + row * hidden_, y + row * hidden_); });
     }
 
-    void share_out_projections(const Activation& x, int64_t rows, const Projection* first, int64_t count) const {
+    void share_out_projections(const Worker& worker, const Activation& x, int64_t rows, const Projection* first,
+                               int64_t count) const {
         const int64_t panels = num_panels(hidden_);
-        const int64_t begin = own_first(count * panels);
-        const int64_t end = own_last(count * panels);
+        const int64_t begin = worker.first_of(count * panels);
+        const int64_t end = worker.last_of(count * panels);
         for (int64_t i = begin / panels; i * panels < end; ++i)
             multiply_linear(x, rows, *first[i].linear, 0, hidden_, hidden_, {first[i].result, row_},
                             std::max(begin - i * panels, int64_t{0}), std::min(end - i * panels, panels), Nothing());
-#pragma omp barrier
+        worker.wait();
     }
 
-    void run_by_columns(Scratch& scratch) {
+    void run_by_columns(const Worker& worker, Scratch& scratch) const {
         const int64_t inner_row = round_up(inner_, kLanes);
         Workspace rest = workspace_.rest();
         float* sums = rest.take(most_rows_ * row_);
@@ -393,35 +376,35 @@ class EncoderStack {
             const EncoderLayer& layer = layers_[i];
             const auto heads = projections(i);
             x.values = const_cast<float*>(layer_input(i));
-            share_out_bytes(wants_bytes(layer), x, tokens_);
+            share_out_bytes(worker, wants_bytes(layer), x, tokens_);
             if (is_partial(i)) {
-                share_out_projections(x, tokens_, &heads[1], 2);
-                gather_rows();
+                share_out_projections(worker, x, tokens_, &heads[1], 2);
+                gather_rows(worker);
                 x.values = selected_;
-                share_out_bytes(wants_bytes(layer.query), x, shape_.num_rows);
-                share_out_projections(x, shape_.num_rows, &heads[0], 1);
+                share_out_bytes(worker, wants_bytes(layer.query), x, shape_.num_rows);
+                share_out_projections(worker, x, shape_.num_rows, &heads[0], 1);
             } else {
-                share_out_projections(x, tokens_, &heads[0], 3);
+                share_out_projections(worker, x, tokens_, &heads[0], 3);
             }
-            attend(is_partial(i), scratch);
+            attend(is_partial(i), worker, scratch);
             const Part current = part(i);
             const int64_t rows = current.rows;
-            share_out_bytes(wants_bytes(layer.attention_output), context, rows);
-            multiply_linear(context, rows, layer.attention_output, 0, hidden_, hidden_, {sums, row_}, own_first(panels),
-                            own_last(panels), Nothing());
-#pragma omp barrier
-            share_out_norm(layer.attention_norm, rows, sums, current.x, attended.values);
-            share_out_bytes(wants_bytes(layer.intermediate), attended, rows);
+            share_out_bytes(worker, wants_bytes(layer.attention_output), context, rows);
+            multiply_linear(context, rows, layer.attention_output, 0, hidden_, hidden_, {sums, row_},
+                            worker.first_of(panels), worker.last_of(panels), Nothing());
+            worker.wait();
+            share_out_norm(worker, layer.attention_norm, rows, sums, current.x, attended.values);
+            share_out_bytes(worker, wants_bytes(layer.intermediate), attended, rows);
             multiply_linear(attended, rows, layer.intermediate, 0, hidden_, inner_, {activation.values, inner_row},
-                            own_first(inner_panels), own_last(inner_panels), GeluStrip{shape_.gelu});
-#pragma omp barrier
-            share_out_bytes(wants_bytes(layer.output), activation, rows);
-            for (int64_t panel = own_first(panels); panel < own_last(panels); ++panel)
+                            worker.first_of(inner_panels), worker.last_of(inner_panels), GeluStrip{shape_.gelu});
+            worker.wait();
+            share_out_bytes(worker, wants_bytes(layer.output), activation, rows);
+            for (int64_t panel = worker.first_of(panels); panel < worker.last_of(panels); ++panel)
                 for (int64_t begin = 0; begin < inner_; begin += slice_)
                     multiply_linear(activation.columns(begin, std::min(slice_, inner_ - begin)), rows, layer.output, begin,
                                     inner_, hidden_, {sums, row_}, panel, panel + 1, Nothing());
-#pragma omp barrier
-            share_out_norm(layer.output_norm, rows, sums, attended.values, current.y);
+            worker.wait();
+            share_out_norm(worker, layer.output_norm, rows, sums, attended.values, current.y);
         }
     }
 

@@ -80,6 +80,7 @@ void gelu_grad_row(int64_t width, const float* grad_y, const float* x, const flo
 }
 
 void gelu(int64_t rows, int64_t width, const float* x, const float* bias, Gelu kind, float* y, int threads) {
+    threads = useful_threads(threads, rows * width);
     const auto row_kernel = kind == Gelu::erf ? gelu_row<ErfGelu> : gelu_row<TanhGelu>;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t row = 0; row < rows; ++row) row_kernel(width, x + row * width, bias, y + row * width);
@@ -87,6 +88,7 @@ void gelu(int64_t rows, int64_t width, const float* x, const float* bias, Gelu k
 
 void gelu_backward(int64_t rows, int64_t width, const float* grad_y, const float* x, const float* bias, Gelu kind,
                         float* grad_x, float* grad_bias, int threads) {
+    threads = useful_threads(threads, rows * width);
     const auto row_kernel = kind == Gelu::erf ? gelu_grad_row<ErfGelu> : gelu_grad_row<TanhGelu>;
     const Chunks chunks(rows);
     ColumnSums sums(grad_bias == nullptr ? 0 : chunks.count, width);

@@ -58,6 +58,7 @@ inline void layer_norm_row(int64_t width, const float* x, const float* residual,
 
 void embedding(const EmbeddingTables& tables, int64_t width, int64_t tokens, const int64_t* ids,
                const int64_t* positions, const int64_t* token_types, const Norm& norm, float* y, int threads) {
+    threads = useful_threads(threads, tokens * width);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t token = 0; token < tokens; ++token) {
         const float* word = tables.word + ids[token] * width;
@@ -74,6 +75,7 @@ void embedding(const EmbeddingTables& tables, int64_t width, int64_t tokens, con
 
 void layer_norm(int64_t rows, int64_t width, const float* x, const float* residual, const float* weight,
                     const float* bias, float eps, float* y, float* mean, float* rstd, int threads) {
+    threads = useful_threads(threads, rows * width);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t row = 0; row < rows; ++row) {
         float row_mean;
@@ -116,6 +118,7 @@ inline void layer_norm_grad_row(int64_t width, const float* grad_y, const float*
 void layer_norm_backward(int64_t rows, int64_t width, const float* grad_y, const float* x, const float* residual,
                              const float* weight, const float* mean, const float* rstd, float* grad_x,
                              float* grad_weight, float* grad_bias, int threads) {
+    threads = useful_threads(threads, rows * width);
     const Chunks chunks(rows);
     ColumnSums weight_sums(chunks.count, width);
     ColumnSums bias_sums(chunks.count, width);

@@ -21,3 +21,4 @@
 
 #include "../philox.h"
 #include "kernels.h"
+#include "team.h"
