@@ -3,8 +3,10 @@
 A weight is packed when it is first used, and again when it has changed: when its parameter holds other memory, when
 autograd's version counter has moved (optimizers, load_state_dict, any operation in place), or when one of a few of its
 elements differs, which is how most writes behind autograd's back (`weight.data.mul_(2)`) show. One that changes none of
-these, such as `weight.data[3, 5] = 0`, goes unseen: `forget` is for that. Biases and LayerNorm parameters are read
-where they are.
+these, such as `weight.data[3, 5] = 0`, goes unseen: `forget` is for that. Biases and LayerNorm parameters of a float32
+model are read where they are; those of a model in 16 bits are copied, and watched as the weights are.
+
+Everything but the factors of products is float32, whatever the model's dtype.
 """
 
 from __future__ import annotations
@@ -12,8 +14,9 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +25,10 @@ from .masking import PackedBatch
 from .nn import EncoderLayerParts, dropout_rate, is_plain, is_plain_norm
 
 LINEARS = ("query", "key", "value", "attention_output", "intermediate", "output")
+WEIGHTS = (0, 2, 4, 6, 10, 12)  # theirs, among the tensors of a layer
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+Products = Literal["float32", "bfloat16", "int8"]
 
 
 class Refused(Exception):  # noqa: N818
@@ -34,47 +41,71 @@ class Stack:
 
     Attributes:
         layers: their parts.
-        exact: linear layers that multiply in float32 although the others do in 8 bits; None: all do.
+        wanted: what the linear layers are to multiply in.
+        exact: those that multiply in float32 all the same.
         refusal: why the engine does not serve them; None: it does.
         tensors: their parameters, 16 a layer, in the order of _C.Encoder.add_layer.
-        in_8_bits: for each layer which of LINEARS multiply in 8 bits.
+        products: what the linear layers multiply in, but for those of `exact`: see `products_of`.
+        are_narrow: for each layer which of LINEARS multiply in fewer bits than float32's.
         kind: what, beside the tensors, the packed form depends on.
     """
 
     layers: Sequence[EncoderLayerParts]
-    exact: frozenset[nn.Module] | None = None
+    wanted: Products = "float32"
+    exact: frozenset[nn.Module] = frozenset()
     refusal: str | None = None
     tensors: list[Tensor] = field(default_factory=list)
-    in_8_bits: list[list[bool]] = field(default_factory=list)
+    products: Products = "float32"
+    are_narrow: list[list[bool]] = field(default_factory=list)
     kind: tuple[Any, ...] = ()
 
     def look_through(self) -> None:
         """Sets all that follows from the layers as they are now."""
-        self.refusal, self.tensors, self.in_8_bits, self.kind = None, [], [], ()
+        self.refusal, self.tensors, self.are_narrow, self.kind = None, [], [], ()
         try:
             if not self.layers:
                 raise Refused("there are no layers")
             for number, layer in enumerate(self.layers):
                 self.tensors += _tensors(layer, number)
-                exact = self.exact
-                self.in_8_bits.append([exact is not None and getattr(layer, name) not in exact for name in LINEARS])
             _check_shapes(self.layers, self.tensors)
         except Refused as refused:
             self.refusal = str(refused)
             return
+        self.products = products_of(self.wanted, self.dtype)
+        self.are_narrow = [
+            [self.products != "float32" and getattr(layer, name) not in self.exact for name in LINEARS]
+            for layer in self.layers
+        ]
         norms: Any = [norm for layer in self.layers for norm in (layer.attention_norm, layer.output_norm)]
-        flags = (flag for layer in self.in_8_bits for flag in layer)
+        flags = (flag for layer in self.are_narrow for flag in layer)
         first = self.layers[0]
-        self.kind = (first.activation, first.head_size, *(norm.eps for norm in norms), *flags)
+        self.kind = (first.activation, first.head_size, *(norm.eps for norm in norms), self.products, *flags)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters."""
+        return self.tensors[0].dtype
 
     def state(self) -> list[Any]:
         """Changes whenever a tensor is replaced or, by autograd's count, written to."""
         return [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in self.tensors]
 
 
-def stack(layers: Sequence[EncoderLayerParts], exact: frozenset[nn.Module] | None = None) -> Stack:
+def products_of(wanted: Products, dtype: torch.dtype) -> Products:
+    """What linear layers multiply in where `wanted` is asked for and the parameters have this dtype.
+
+    bfloat16 only where the machine has an instruction for it: everywhere else it would be slower than float32.
+    """
+    if wanted == "float32" and dtype == torch.bfloat16:
+        wanted = "bfloat16"
+    return "float32" if wanted == "bfloat16" and not _C.has_bfloat16() else wanted
+
+
+def stack(
+    layers: Sequence[EncoderLayerParts], wanted: Products = "float32", exact: frozenset[nn.Module] = frozenset()
+) -> Stack:
     """Looks encoder layers through; the arguments are those of Stack."""
-    result = Stack(layers, exact)
+    result = Stack(layers, wanted, exact)
     result.look_through()
     return result
 
@@ -83,7 +114,7 @@ def _is_ordinary(x: Tensor | None) -> bool:
     return (
         x is not None
         and type(x) in (nn.Parameter, Tensor)
-        and x.dtype == torch.float32
+        and x.dtype in DTYPES
         and x.device.type == "cpu"
         and x.is_contiguous()
     )
@@ -110,7 +141,9 @@ def _tensors(layer: EncoderLayerParts, number: int) -> list[Tensor]:
         for name in ("weight", "bias"):
             tensor = module._parameters.get(name)
             if tensor is None or not _is_ordinary(tensor):
-                raise Refused(f"layer {number}: the {name} of a {type(module).__name__} is no float32 CPU parameter")
+                raise Refused(
+                    f"layer {number}: the {name} of a {type(module).__name__} is not dense, on a CPU and in 32 or 16 bits"
+                )
             result.append(tensor)
     return result
 
@@ -118,6 +151,8 @@ def _tensors(layer: EncoderLayerParts, number: int) -> list[Tensor]:
 def _check_shapes(layers: Sequence[EncoderLayerParts], tensors: list[Tensor]) -> None:
     if len({(layer.activation, layer.head_size) for layer in layers}) > 1:
         raise Refused("the layers are of several kinds")
+    if len({x.dtype for x in tensors}) > 1:
+        raise Refused("the parameters have several dtypes")
     hidden, inner, head_size = tensors[0].shape[0], tensors[10].shape[0], layers[0].head_size
     square, vector = (hidden, hidden), (hidden,)
     wanted = [*[square, vector] * 4, vector, vector, (inner, hidden), (inner,), (hidden, inner), vector, vector, vector]
@@ -128,24 +163,30 @@ def _check_shapes(layers: Sequence[EncoderLayerParts], tensors: list[Tensor]) ->
 
 
 class _Packed:
-    """Packed weights, and what they were made of. The arrays keep the memory that the C++ module reads."""
+    """Packed weights, and what they were made of. `arrays` keeps the memory that the C++ module reads."""
 
     def __init__(self, stack: Stack, state: list[Any]) -> None:
         self.stack = stack
         self.state = state
-        self.arrays = [x.detach().numpy() for x in stack.tensors]
-        hidden_size, intermediate_size = self.arrays[0].shape[0], self.arrays[10].shape[0]
+        self.arrays: list[np.ndarray[Any, Any]] = []
+        hidden_size, intermediate_size = stack.tensors[0].shape[0], stack.tensors[10].shape[0]
         activation, head_size, *_ = stack.kind
-        self.encoder = _C.Encoder(hidden_size, hidden_size // head_size, intermediate_size, activation)
-        for number, layer in enumerate(stack.layers):
-            norms: Any = (layer.attention_norm, layer.output_norm)
-            self.encoder.add_layer(
-                self.arrays[16 * number : 16 * number + 16],
-                norms[0].eps,
-                norms[1].eps,
-                stack.in_8_bits[number],
-                torch.get_num_threads(),
-            )
+        self.encoder = _C.Encoder(hidden_size, hidden_size // head_size, intermediate_size, activation, stack.products)
+        for number in range(len(stack.layers)):
+            self._add_layer(number)
+
+    def _add_layer(self, number: int) -> None:
+        norms: Any = (self.stack.layers[number].attention_norm, self.stack.layers[number].output_norm)
+        tensors = [x.detach() for x in self.stack.tensors[16 * number : 16 * number + 16]]
+        arrays = [x.float().numpy() for x in tensors]
+        if self.stack.dtype == torch.float32:
+            watched = [arrays[at] for at in WEIGHTS]
+        else:
+            watched = [x.view(torch.int16).numpy() for x in tensors]
+        self.encoder.add_layer(
+            arrays, norms[0].eps, norms[1].eps, self.stack.are_narrow[number], watched, torch.get_num_threads()
+        )
+        self.arrays += watched + [x for at, x in enumerate(arrays) if at not in WEIGHTS]
 
     def is_current(self, stack: Stack, state: list[Any]) -> bool:
         if self.state != state or not self.encoder.is_current():
@@ -169,13 +210,16 @@ def why_not(stack: Stack, hidden: Tensor) -> str | None:
     """Why layers take the general path on such activations; None: the engine serves them."""
     if not stack.layers:
         return stack.refusal
-    choice = ops.choose("attention", hidden.device.type, hidden.dtype, stack.layers[0].head_size)
+    dtype = torch.float32 if hidden.dtype in DTYPES else hidden.dtype
+    choice = ops.choose("attention", hidden.device.type, dtype, stack.layers[0].head_size)
     if choice.path != "cpp":
         return choice.reason
     if stack.refusal is not None:
         stack.look_through()  # a parameter may have another form since, by way of its `data`
         if stack.refusal is not None:
             return stack.refusal
+    if hidden.dtype != stack.dtype:
+        return f"the activations are {hidden.dtype} and the parameters {stack.dtype}"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
     if torch.is_grad_enabled() and (hidden.requires_grad or any(x.requires_grad for x in stack.tensors)):
@@ -217,7 +261,7 @@ def encode(
         packed = _packed[owner] = _Packed(stack, state)
     order = None if rows is None else rows.argsort()
     in_order = None if rows is None else ops.host_array(rows[order])
-    x = ops.host_array(hidden.detach())
+    x = ops.host_array(hidden.detach().float())
     last = torch.empty(x.shape if rows is None else (len(rows), x.shape[1]))
     if needs_all:
         before = [torch.empty(x.shape) for _ in stack.layers[1:]]
@@ -233,4 +277,4 @@ def encode(
     )
     if order is not None:
         last = torch.empty_like(last).index_copy_(0, order, last)
-    return [*before, last] if needs_all else [last]
+    return [x.to(hidden.dtype) for x in ([*before, last] if needs_all else [last])]

@@ -479,17 +479,28 @@ void gelu_backward(const py::array& grad_y, const py::array& x, const std::optio
                                       threads);
 }
 
-Encoder make_encoder(int64_t hidden_size, int64_t num_heads, int64_t intermediate_size, const std::string& approximate) {
+cpu::Narrow narrow_kind(const std::string& name) {
+    if (name == "float32") return cpu::Narrow::none;
+    if (name == "int8") return cpu::Narrow::int8;
+    if (name == "bfloat16" && cpu::kernels().has_bfloat16()) return cpu::Narrow::bfloat16;
+    fail("products is \"" + name + "\"; \"float32\", \"int8\"" +
+         (cpu::kernels().has_bfloat16() ? " or \"bfloat16\" are" : " are") + " allowed here");
+}
+
+Encoder make_encoder(int64_t hidden_size, int64_t num_heads, int64_t intermediate_size, const std::string& approximate,
+                     const std::string& products) {
     if (hidden_size < 1 || num_heads < 1 || intermediate_size < 1 || hidden_size % num_heads != 0)
         fail("hidden_size is " + std::to_string(hidden_size) + ", num_heads " + std::to_string(num_heads) +
              ", intermediate_size " + std::to_string(intermediate_size) +
              "; all must be positive and num_heads must divide hidden_size");
-    return {hidden_size, num_heads, intermediate_size, gelu_kind(approximate)};
+    return {hidden_size, num_heads, intermediate_size, gelu_kind(approximate), narrow_kind(products)};
 }
 
-// arrays: weight and bias of query, key, value, attention output, attention norm, intermediate, output, output norm.
+// arrays: weight and bias of query, key, value, attention output, attention norm, intermediate, output, output norm. The
+// caller keeps those of `watched` and all but the six weights of linear layers for as long as the encoder.
 void add_encoder_layer(Encoder& encoder, const std::vector<py::array>& arrays, float attention_eps, float output_eps,
-                       const std::array<bool, Encoder::kLinears>& in_8_bits, int threads) {
+                       const std::array<bool, Encoder::kLinears>& are_narrow, const std::vector<py::array>& watched,
+                       int threads) {
     constexpr size_t kArrays = 16;
     if (arrays.size() != kArrays)
         fail("arrays has " + std::to_string(arrays.size()) + " entries; " + std::to_string(kArrays) + " are needed");
@@ -509,9 +520,19 @@ void add_encoder_layer(Encoder& encoder, const std::vector<py::array>& arrays, f
                                      linear(12, "output", hidden, inner),
                                      norm(8, "attention_norm", attention_eps),
                                      norm(14, "output_norm", output_eps)};
+    if (!encoder.has_narrow() && are_narrow != std::array<bool, Encoder::kLinears>{})
+        fail("are_narrow names a linear layer, but the encoder's products are \"float32\"");
+    std::vector<Encoder::Watched> places;
+    for (const py::array& array : watched) {
+        const auto size = static_cast<size_t>(array.itemsize());
+        if (size > sizeof(uint32_t) || (array.flags() & py::array::c_style) == 0)
+            fail("watched holds an array of " + std::to_string(size) + " bytes an element; dense ones of at most " +
+                 std::to_string(sizeof(uint32_t)) + " are needed");
+        places.push_back({static_cast<const std::byte*>(array.data()), array.size(), size});
+    }
     checked_threads(threads);
     py::gil_scoped_release release;
-    encoder.add_layer(layer, in_8_bits, threads);
+    encoder.add_layer(layer, are_narrow, places, threads);
 }
 
 void run_encoder(const Encoder& encoder, const py::array& x, const py::array& tiles, int64_t tile_size,
@@ -588,9 +609,9 @@ PYBIND11_MODULE(_C, module) {
                py::arg("approximate"), py::arg("grad_x"), py::arg("grad_bias"), py::arg("threads"));
     py::class_<Encoder>(module, "Encoder")
         .def(py::init(&make_encoder), py::arg("hidden_size"), py::arg("num_heads"), py::arg("intermediate_size"),
-             py::arg("approximate"))
+             py::arg("approximate"), py::arg("products"))
         .def("add_layer", &add_encoder_layer, py::arg("arrays"), py::arg("attention_eps"), py::arg("output_eps"),
-             py::arg("in_8_bits"), py::arg("threads"), py::keep_alive<1, 2>())
+             py::arg("are_narrow"), py::arg("watched"), py::arg("threads"))
         .def("is_current", &Encoder::is_current)
         .def("run", &run_encoder, py::arg("x"), py::arg("tiles"), py::arg("tile_size"), py::arg("rows"),
              py::arg("outputs"), py::arg("threads"));
@@ -600,6 +621,7 @@ PYBIND11_MODULE(_C, module) {
         .def("expect_size", &Guard::expect_size, py::arg("mapping"))
         .def("expect_item", &Guard::expect_item, py::arg("mapping"), py::arg("key"))
         .def("holds", &Guard::holds);
+    module.def("has_bfloat16", [] { return cpu::kernels().has_bfloat16(); });
     module.def("instruction_set", [] { return std::string(cpu::kernels().instruction_set); });
     module.def("has_openmp", &has_openmp);
 }

@@ -9,63 +9,69 @@
 namespace bert_fast {
 namespace {
 
-constexpr int64_t kSamples = 8;  // of each weight
+constexpr int64_t kSamples = 8;  // of each array
 
 }  // namespace
 
-Encoder::Encoder(int64_t hidden_size, int64_t num_heads, int64_t intermediate_size, cpu::Gelu gelu) {
+Encoder::Encoder(int64_t hidden_size, int64_t num_heads, int64_t intermediate_size, cpu::Gelu gelu, cpu::Narrow narrow) {
     shape_.hidden_size = hidden_size;
     shape_.intermediate_size = intermediate_size;
     shape_.gelu = gelu;
+    shape_.narrow = narrow;
     shape_.attention.heads = num_heads;
     shape_.attention.head_size = hidden_size / num_heads;
     shape_.attention.scale = 1.0f / std::sqrt(static_cast<float>(shape_.attention.head_size));
 }
 
-cpu::Linear Encoder::pack(const LinearArrays& linear, int64_t outputs, int64_t inputs, bool in_8_bits, int threads) {
-    const cpu::Kernels& kernels = cpu::kernels();
-    const int64_t size = outputs * inputs;
-    for (int64_t i = 0; i < std::min(kSamples, size); ++i) {
-        const float* place = linear.weight + size * i / std::min(kSamples, size);
-        uint32_t bits;
-        std::memcpy(&bits, place, sizeof(bits));
-        samples_.push_back({place, bits});
+void Encoder::watch(const Watched& array) {
+    const int64_t count = std::min(kSamples, array.elements);
+    for (int64_t i = 0; i < count; ++i) {
+        const auto element = static_cast<size_t>(array.elements * i / count);
+        samples_.push_back({array.data + element * array.element_size, array.element_size, 0});
+        samples_.back().bits = samples_.back().now();
     }
-    if (in_8_bits) {
-        const int64_t columns = kernels.padded_outputs(outputs);
-        auto* bytes = storage_.take<int8_t>(kernels.quantised_size(outputs, inputs));
-        auto* scales = storage_.take<float>(columns);
-        auto* offsets = storage_.take<int32_t>(kernels.quantised_groups(inputs) * columns);
-        kernels.quantise_weight(linear.weight, outputs, inputs, bytes, scales, offsets, threads);
-        return {nullptr, {bytes, scales, offsets}, linear.bias};
-    }
-    auto* packed = storage_.take<float>(kernels.packed_size(outputs, inputs));
-    kernels.pack_weight(linear.weight, outputs, inputs, packed, threads);
-    return {packed, {}, linear.bias};
 }
 
-void Encoder::add_layer(const LayerArrays& arrays, const std::array<bool, kLinears>& in_8_bits, int threads) {
+cpu::Linear Encoder::pack(const LinearArrays& linear, int64_t outputs, int64_t inputs, bool is_narrow, int threads) {
+    const cpu::Kernels& kernels = cpu::kernels();
+    if (!is_narrow) {
+        auto* packed = storage_.take<float>(kernels.packed_size(outputs, inputs));
+        kernels.pack_weight(linear.weight, outputs, inputs, packed, threads);
+        return {packed, nullptr, {}, linear.bias};
+    }
+    if (shape_.narrow == cpu::Narrow::bfloat16) {
+        auto* halves = storage_.take<uint16_t>(kernels.packed_halves_size(outputs, inputs));
+        kernels.pack_halves(linear.weight, outputs, inputs, halves, threads);
+        return {nullptr, halves, {}, linear.bias};
+    }
+    const int64_t columns = kernels.padded_outputs(outputs);
+    auto* bytes = storage_.take<int8_t>(kernels.quantised_size(outputs, inputs));
+    auto* scales = storage_.take<float>(columns);
+    auto* offsets = storage_.take<int32_t>(kernels.quantised_groups(inputs) * columns);
+    kernels.quantise_weight(linear.weight, outputs, inputs, bytes, scales, offsets, threads);
+    return {nullptr, nullptr, {bytes, scales, offsets}, linear.bias};
+}
+
+void Encoder::add_layer(const LayerArrays& arrays, const std::array<bool, kLinears>& are_narrow,
+                        const std::vector<Watched>& watched, int threads) {
     const int64_t hidden = shape_.hidden_size;
     const int64_t inner = shape_.intermediate_size;
-    layers_.push_back({pack(arrays.query, hidden, hidden, in_8_bits[0], threads),
-                       pack(arrays.key, hidden, hidden, in_8_bits[1], threads),
-                       pack(arrays.value, hidden, hidden, in_8_bits[2], threads),
-                       pack(arrays.attention_output, hidden, hidden, in_8_bits[3], threads),
-                       pack(arrays.intermediate, inner, hidden, in_8_bits[4], threads),
-                       pack(arrays.output, hidden, inner, in_8_bits[5], threads), arrays.attention_norm,
+    layers_.push_back({pack(arrays.query, hidden, hidden, are_narrow[0], threads),
+                       pack(arrays.key, hidden, hidden, are_narrow[1], threads),
+                       pack(arrays.value, hidden, hidden, are_narrow[2], threads),
+                       pack(arrays.attention_output, hidden, hidden, are_narrow[3], threads),
+                       pack(arrays.intermediate, inner, hidden, are_narrow[4], threads),
+                       pack(arrays.output, hidden, inner, are_narrow[5], threads), arrays.attention_norm,
                        arrays.output_norm});
+    for (const Watched& array : watched) watch(array);
     shape_.num_layers = num_layers();
-    count_in_8_bits_ += std::count(in_8_bits.begin(), in_8_bits.end(), true);
-    shape_.is_in_8_bits = 2 * count_in_8_bits_ > num_layers() * static_cast<int64_t>(kLinears);
+    num_narrow_ += std::count(are_narrow.begin(), are_narrow.end(), true);
+    shape_.is_mostly_narrow = 2 * num_narrow_ > num_layers() * static_cast<int64_t>(kLinears);
 }
 
 bool Encoder::is_current() const {
     uint32_t difference = 0;  // no early end: the reads miss the cache, and so wait for memory together
-    for (const Sample& sample : samples_) {
-        uint32_t now;
-        std::memcpy(&now, sample.place, sizeof(now));
-        difference |= now ^ sample.bits;
-    }
+    for (const Sample& sample : samples_) difference |= sample.now() ^ sample.bits;
     return difference == 0;
 }
 

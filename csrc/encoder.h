@@ -4,6 +4,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "arena.h"
@@ -24,18 +25,27 @@ class Encoder {
         cpu::Norm attention_norm, output_norm;
     };
 
-    Encoder(int64_t hidden_size, int64_t num_heads, int64_t intermediate_size, cpu::Gelu gelu);
+    // Memory whose contents tell whether a weight is still what was packed: any plain array.
+    struct Watched {
+        const std::byte* data;
+        int64_t elements;
+        size_t element_size;  // at most that of Sample::bits
+    };
+
+    Encoder(int64_t hidden_size, int64_t num_heads, int64_t intermediate_size, cpu::Gelu gelu, cpu::Narrow narrow);
     Encoder(Encoder&&) = default;  // and no copy: the layers point into storage_
 
     static constexpr size_t kLinears = 6;  // in the order of LayerArrays
 
-    // Packs the weights, those of the linear layers that `in_8_bits` names in 8 bits. Biases, norms and, for is_current,
-    // weights are read where they lie: they must outlive this.
-    void add_layer(const LayerArrays& arrays, const std::array<bool, kLinears>& in_8_bits, int threads);
+    // Packs the weights, those of the linear layers that `are_narrow` names as `narrow` says. Biases, norms and what is
+    // watched are read where they lie: they must outlive this.
+    void add_layer(const LayerArrays& arrays, const std::array<bool, kLinears>& are_narrow,
+                   const std::vector<Watched>& watched, int threads);
 
-    // Whether the weights still hold what was packed, as far as some elements of each show.
+    // Whether what is watched holds what it did, as far as some elements of each array show.
     bool is_current() const;
 
+    bool has_narrow() const { return shape_.narrow != cpu::Narrow::none; }
     int64_t num_layers() const { return static_cast<int64_t>(layers_.size()); }
     int64_t hidden_size() const { return shape_.hidden_size; }
     int64_t num_heads() const { return shape_.attention.heads; }
@@ -56,16 +66,23 @@ class Encoder {
 
   private:
     struct Sample {
-        const float* place;
+        const std::byte* place;
+        size_t size;
         uint32_t bits;
+
+        uint32_t now() const {
+            uint32_t result = 0;
+            std::memcpy(&result, place, size);
+            return result;
+        }
     };
 
-    cpu::Linear pack(const LinearArrays& linear, int64_t outputs, int64_t inputs, bool in_8_bits, int threads);
-
+    cpu::Linear pack(const LinearArrays& linear, int64_t outputs, int64_t inputs, bool is_narrow, int threads);
+    void watch(const Watched& array);
 
     cpu::EncoderShape shape_{};
     std::vector<cpu::EncoderLayer> layers_;
-    int64_t count_in_8_bits_ = 0;
+    int64_t num_narrow_ = 0;
     Arena storage_;
     std::vector<Sample> samples_;
 };

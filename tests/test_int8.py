@@ -27,7 +27,7 @@ from torch import Tensor
 
 import bert_fast
 from bert_fast import _C, engine, reference
-from bert_fast.swap.verify import Int8Check, VerificationError
+from bert_fast.swap.verify import RoundingCheck, VerificationError
 
 GROUP = 384  # features of a token that share a scale
 LARGEST = 127
@@ -125,9 +125,9 @@ def draw(sizes: Sizes, seed: int) -> tuple[Weights, Tensor]:
 def run(
     sizes: Sizes, weights: Weights, x: Tensor, flags: list[bool], activation: str = "none", count: int = 1
 ) -> Tensor:
-    encoder = _C.Encoder(sizes.hidden, sizes.heads, sizes.inner, activation)
+    encoder = _C.Encoder(sizes.hidden, sizes.heads, sizes.inner, activation, "int8")
     arrays = [part.contiguous().numpy() for name in NAMES for part in weights[name]]
-    encoder.add_layer(arrays, EPS, EPS, flags, count)
+    encoder.add_layer(arrays, EPS, EPS, flags, [], count)
     out = np.zeros((len(x), sizes.hidden), np.float32)
     encoder.run(x.numpy(), _C.tiles(sizes.cu_seqlens.numpy(), None, 128), 128, None, [out], count)
     return torch.from_numpy(out)
@@ -361,11 +361,23 @@ def test_int8_gradients_are_those_of_float32() -> None:
     assert all(torch.equal(x, y) for x, y in zip(*gradients, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_int8_of_other_dtypes(dtype: torch.dtype) -> None:
+def test_int8_of_float64() -> None:
     batch = inputs(mask_of(MIXED))
-    found = last_state(in_8_bits().to(dtype), batch)
-    assert torch.equal(found, last_state(bert_fast.swap(build()).to(dtype), batch))
+    found = last_state(in_8_bits().double(), batch)
+    assert torch.equal(found, last_state(bert_fast.swap(build()).double(), batch))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_int8_of_16_bits(dtype: torch.dtype) -> None:
+    """As the float32 model with the same weights, but for the embeddings, which are summed up in the model's dtype."""
+    mask = mask_of(MIXED)
+    batch = inputs(mask)
+    model = in_8_bits().to(dtype)
+    found = last_state(model, batch)
+    assert found.dtype == dtype
+    assert not torch.equal(found, last_state(bert_fast.swap(model), batch))
+    wide = bert_fast.swap(bert_fast.restore(model).float(), int8=True)
+    assert_near(found[mask], last_state(wide, batch)[mask].to(dtype), 0.1)  # roundings turn over
 
 
 # ---- what multiplies in float32 --------------------------------------------------------------------------------------
@@ -411,8 +423,8 @@ def test_int8_flags() -> None:
     names = ["encoder.layer.0.attention.self.key", "encoder.layer.1"]
     model = bert_fast.swap(build(), int8=True, int8_exact=names)
     stack = model.bert_fast_family.stack(model)
-    assert stack.in_8_bits == [[True, False, True, True, True, True], [False] * 6]
-    assert bert_fast.swap(model).bert_fast_family.stack(model).in_8_bits == [[False] * 6] * 2
+    assert stack.are_narrow == [[True, False, True, True, True, True], [False] * 6]
+    assert bert_fast.swap(model).bert_fast_family.stack(model).are_narrow == [[False] * 6] * 2
 
 
 @pytest.mark.parametrize(
@@ -437,7 +449,7 @@ def test_int8_names_in_a_head() -> None:
         bert_fast.swap(model, int8=True, int8_exact=["classifier"])
     bert_fast.swap(model, int8=True, int8_exact=["bert.encoder.layer.0"])
     reason = next(part.reason for part in bert_fast.report(model).encoders[0].parts if part.name == "layers")
-    assert reason.endswith("products in 8 bits, but float32 in encoder.layer.0")
+    assert reason.endswith("products in int8 on packed weights, but float32 in encoder.layer.0")
 
 
 # ---- on and off ------------------------------------------------------------------------------------------------------
@@ -450,7 +462,7 @@ def test_int8_ends(end: Callable[[Any], Any]) -> None:
     exact = last_state(model, batch)
     assert bert_fast.swap(model, int8=True) is model
     assert not torch.equal(last_state(model, batch), exact)
-    assert "products in 8 bits" in str(bert_fast.report(model))
+    assert "products in int8" in str(bert_fast.report(model))
     end(model)
     assert torch.equal(last_state(model, batch), exact)
     assert "8 bits" not in str(bert_fast.report(model))
@@ -499,16 +511,16 @@ def test_int8_leaves_checkpoints_alone(tmp_path: Path) -> None:
 def test_int8_verify() -> None:
     batch = inputs(mask_of(MIXED))
     result = bert_fast.verify(in_8_bits(), batch)
-    (check,) = result.int8_checks
+    (check,) = result.rounding_checks
     assert result.is_within
     assert check.is_within
     assert check.name == "encoder"
     assert 0.98 <= check.cosine < 1 - 1e-7
     assert check.rank_correlation is not None
     assert 0.95 <= check.rank_correlation <= 1
-    assert "encoder in 8 bits: smallest cosine of a text" in str(result)
+    assert "encoder in int8: smallest cosine of a text" in str(result)
     exact = bert_fast.verify(bert_fast.swap(build()), batch)
-    assert exact.int8_checks == ()
+    assert exact.rounding_checks == ()
     assert exact.checks == result.checks
 
 
@@ -520,7 +532,7 @@ def test_int8_verify_leaves_the_model_in_8_bits() -> None:
 
 
 def test_int8_verify_of_few_texts() -> None:
-    (check,) = bert_fast.verify(in_8_bits(), inputs(mask_of("11111 11100"))).int8_checks
+    (check,) = bert_fast.verify(in_8_bits(), inputs(mask_of("11111 11100"))).rounding_checks
     assert check.rank_correlation is None
     assert "too few texts to rank" in str(check)
 
@@ -539,7 +551,7 @@ def test_int8_verify_of_few_texts() -> None:
     ],
 )
 def test_int8_bounds(cosine: float, distance: float, ranks: float | None, is_within: bool) -> None:
-    check = Int8Check("x", cosine, distance, ranks)
+    check = RoundingCheck("x", "int8", cosine, distance, ranks)
     assert check.is_within == is_within
     assert str(check).endswith("out of bounds") != is_within
 
@@ -562,12 +574,12 @@ def test_int8_sabotage(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def encode(owner: Any, stack: Any, *rest: Any, **others: Any) -> Any:
         outputs = real(owner, stack, *rest, **others)
-        is_in_8_bits = any(itertools.chain(*stack.in_8_bits))
+        is_in_8_bits = any(itertools.chain(*stack.are_narrow))
         return [SABOTAGES[name](x) for x in outputs] if outputs is not None and is_in_8_bits else outputs
 
     model, batch = in_8_bits(), inputs(mask_of(MIXED))
     monkeypatch.setattr(engine, "encode", encode)
-    with pytest.raises(VerificationError, match=r"in 8 bits.*out of bounds") as caught:
+    with pytest.raises(VerificationError, match=r"in int8.*out of bounds") as caught:
         bert_fast.verify(model, batch)
     assert all(check.is_within for check in caught.value.result.checks)
     bert_fast.swap(model)
@@ -587,7 +599,7 @@ def test_int8_sentence_transformer() -> None:
     cosines = torch.cosine_similarity(found, expected)
     assert float(cosines.min()) >= 0.98
     assert float(cosines.max()) < 1 - 1e-6
-    (check,) = bert_fast.verify(model, TEXTS[:6]).int8_checks
+    (check,) = bert_fast.verify(model, TEXTS[:6]).rounding_checks
     assert check.cosine >= 0.98
     bert_fast.swap(model)
     assert float((model.encode(TEXTS, **options) - expected).abs().max()) <= 1e-6

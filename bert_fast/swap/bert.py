@@ -17,7 +17,7 @@ from ..config import BertConfig
 from ..graphs import GraphRunner
 from ..guard import Kept
 from ..masking import PackedBatch, unpad
-from .family import FIRST_ROWS, Call, Family, Read, kept_rows
+from .family import FIRST_ROWS, Call, Family, Read, Rounding, kept_rows
 
 MODULE = "transformers.models.bert.modeling_bert"
 
@@ -168,12 +168,13 @@ def layer_parts(layers: nn.Module, name: str) -> Layer:
     )
 
 
-def exact_linears(model: Any) -> frozenset[nn.Module] | None:
-    """The linear layers that swap(int8=True) leaves in float32; None: all, since it was not asked for."""
-    names: tuple[str, ...] | None = model.__dict__.get("bert_fast_int8_exact")
-    if names is None:
-        return None
-    return frozenset(part for name in names for part in model.get_submodule(name).modules())
+def _stack(model: Any, parts: list[Layer]) -> engine.Stack:
+    """The layers for the engine, with the products that swap was asked for."""
+    rounding: Rounding | None = model.__dict__.get("bert_fast_rounding")
+    if rounding is None:
+        return engine.stack(parts)
+    exact = frozenset(part for name in rounding.exact for part in model.get_submodule(name).modules())
+    return engine.stack(parts, rounding.products, exact)
 
 
 def model_parts(model: Any) -> Plan:
@@ -194,7 +195,7 @@ def model_parts(model: Any) -> Plan:
             dropout=_leaf(embeddings, "dropout"),
         ),
         parts,
-        engine.stack(parts, exact_linears(model)),
+        _stack(model, parts),
     )
 
 

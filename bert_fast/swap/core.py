@@ -22,7 +22,7 @@ from torch import nn
 from .. import engine
 from ..graphs import GraphRunner
 from .bert import FAMILY as BERT
-from .family import Call, Family, kept_rows
+from .family import Call, Family, Rounding, kept_rows
 
 FAMILIES: tuple[Family, ...] = (BERT,)
 
@@ -36,14 +36,14 @@ FRAMEWORKS = frozenset({"accelerate", "bert_fast", "sentence_transformers", "tor
 
 class Swapped:
     """Marks a swapped class. The attributes belong to the class, but for those of an encoder's instance:
-    `bert_fast_calls` counts paths, `bert_fast_graphs` holds CUDA graphs if those are wanted, `bert_fast_int8_exact`
-    names the modules that multiply in float32 although the others do in 8 bits, and is None where all do."""
+    `bert_fast_calls` counts paths, `bert_fast_graphs` holds CUDA graphs if those are wanted, `bert_fast_rounding` says
+    in how few bits the CPU engine is to multiply, and is None where that is the model's own affair."""
 
     bert_fast_family: Family
     bert_fast_base: type[nn.Module]
     bert_fast_calls: Counter[str]
     bert_fast_graphs: GraphRunner
-    bert_fast_int8_exact: tuple[str, ...] | None
+    bert_fast_rounding: Rounding | None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time: pickle and deepcopy rebuild it from the class that can be imported.
@@ -165,7 +165,14 @@ def is_off() -> bool:
     return os.environ.get("BERT_FAST", "").lower() == "off"
 
 
-def swap(model: Model, *, cuda_graphs: bool = False, int8: bool = False, int8_exact: Sequence[str] = ()) -> Model:
+def swap(
+    model: Model,
+    *,
+    cuda_graphs: bool = False,
+    int8: bool = False,
+    int8_exact: Sequence[str] = (),
+    bf16: bool = False,
+) -> Model:
     """Gives every known encoder in the model the fast forward, in place. Once swapped, a model stays as it is.
 
     Parameters, their names, hooks, the training mode and the class's name stay; calls that the fast path does not serve
@@ -181,20 +188,43 @@ def swap(model: Model, *, cuda_graphs: bool = False, int8: bool = False, int8_ex
             Attention, LayerNorm and sums stay in float32, and so do the parameters: saving and training see nothing of
             it. `verify` then checks what it costs in accuracy. swap(model, int8=False) on a swapped model ends it.
         int8_exact: names of modules, as in model.named_modules(), whose linear layers multiply in float32 all the same.
+        bf16: the same in bfloat16, with AVX512-BF16; elsewhere it would be slower, and the products stay in float32, as
+            `report` says. A model whose parameters are in bfloat16 needs no asking. swap(model, bf16=False) ends it.
 
     Returns:
         The same object.
 
     Raises:
         TypeError: not a module.
-        ValueError: nothing in it is known, and the message lists what is; or int8_exact names a module that no encoder
-            has.
+        ValueError: nothing in it is known, and the message lists what is; int8_exact names a module that no encoder
+            has; or both int8 and bf16 are asked for.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}; a torch.nn.Module is needed")
+    if int8 and bf16:
+        raise ValueError("int8 and bf16 are both True; at most one is allowed")
     if is_off():
         warnings.warn("BERT_FAST=off is set: bert_fast.swap leaves the model as it is", stacklevel=2)
         return model
+    classes = _swapped_classes(model)
+    if not any(_is_encoder_class(cls) for _, cls in classes) and next(swapped_encoders(model), None) is None:
+        known = ", ".join(f"{family.name} ({family.module}.{family.encoder})" for family in FAMILIES)
+        raise ValueError(f"{type(model).__name__} holds no encoder that bert_fast knows; it knows {known}")
+    exact = _exact_names(model, [*swapped_encoders(model), *_named(model, classes)], int8_exact)
+    for module, cls in classes:
+        module.__class__ = cls
+    for name, encoder in swapped_encoders(model):
+        rounding = Rounding("int8", exact.get(name, ())) if int8 else Rounding("bfloat16") if bf16 else None
+        encoder.__dict__["bert_fast_rounding"] = rounding
+        if cuda_graphs and "bert_fast_graphs" not in encoder.__dict__:
+            object.__setattr__(encoder, "bert_fast_graphs", GraphRunner())
+        elif not cuda_graphs:
+            encoder.__dict__.pop("bert_fast_graphs", None)
+    return model
+
+
+def _swapped_classes(model: nn.Module) -> list[tuple[nn.Module, type[nn.Module]]]:
+    """What is not swapped yet, with its class to be."""
     modules = [module for module in model.modules() if not isinstance(module, Swapped)]
     makers = [(module, make) for module in modules if (make := _class_maker(type(module))) is not None]
     for module, _ in makers:
@@ -203,20 +233,7 @@ def swap(model: Model, *, cuda_graphs: bool = False, int8: bool = False, int8_ex
                 f"{type(module).__name__} has a forward of its own on the instance ({module.__dict__['forward']!r}); "
                 "swap the model before anything wraps it"
             )
-    classes = [(module, make()) for module, make in makers]
-    if not any(_is_encoder_class(cls) for _, cls in classes) and next(swapped_encoders(model), None) is None:
-        known = ", ".join(f"{family.name} ({family.module}.{family.encoder})" for family in FAMILIES)
-        raise ValueError(f"{type(model).__name__} holds no encoder that bert_fast knows; it knows {known}")
-    exact = _exact_names(model, [*swapped_encoders(model), *_named(model, classes)], int8_exact)
-    for module, cls in classes:
-        module.__class__ = cls
-    for name, encoder in swapped_encoders(model):
-        encoder.__dict__["bert_fast_int8_exact"] = exact.get(name, ()) if int8 else None
-        if cuda_graphs and "bert_fast_graphs" not in encoder.__dict__:
-            object.__setattr__(encoder, "bert_fast_graphs", GraphRunner())
-        elif not cuda_graphs:
-            encoder.__dict__.pop("bert_fast_graphs", None)
-    return model
+    return [(module, make()) for module, make in makers]
 
 
 def _named(model: nn.Module, classes: list[tuple[nn.Module, type[nn.Module]]]) -> Iterator[tuple[str, nn.Module]]:
@@ -254,26 +271,28 @@ def restore(model: Model) -> Model:
         if isinstance(module, Swapped):
             module.__class__ = module.bert_fast_base  # type: ignore[assignment]
             engine.forget(module)
-            for name in ("bert_fast_calls", "bert_fast_graphs", "bert_fast_int8_exact"):
+            for name in ("bert_fast_calls", "bert_fast_graphs", "bert_fast_rounding"):
                 module.__dict__.pop(name, None)
     return model
 
 
 @contextmanager
-def in_float32(model: nn.Module) -> Iterator[None]:
-    """Within it no encoder multiplies in 8 bits."""
-    names = {encoder: encoder.__dict__["bert_fast_int8_exact"] for _, encoder in swapped_encoders(model)}
-    for encoder in names:
-        encoder.__dict__["bert_fast_int8_exact"] = None
+def without_rounding(model: nn.Module) -> Iterator[None]:
+    """Within it no encoder multiplies in fewer bits than its parameters have."""
+    wishes = {encoder: rounding_of(encoder) for _, encoder in swapped_encoders(model)}
+    for encoder in wishes:
+        encoder.__dict__["bert_fast_rounding"] = None
     try:
         yield
     finally:
-        for encoder, exact in names.items():
-            encoder.__dict__["bert_fast_int8_exact"] = exact
+        for encoder, rounding in wishes.items():
+            encoder.__dict__["bert_fast_rounding"] = rounding
 
 
-def is_in_8_bits(encoder: nn.Module) -> bool:
-    return encoder.__dict__.get("bert_fast_int8_exact") is not None
+def rounding_of(encoder: nn.Module) -> Rounding | None:
+    """What swap was asked to round the encoder's products to."""
+    rounding: Rounding | None = encoder.__dict__.get("bert_fast_rounding")
+    return rounding
 
 
 @contextmanager

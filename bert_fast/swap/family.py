@@ -59,6 +59,19 @@ class KeptRows:
 kept_rows = KeptRows()
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """In how few bits the CPU engine is to multiply.
+
+    Attributes:
+        products: of the encoder's linear layers.
+        exact: names, within the encoder, of the modules that multiply in float32 all the same.
+    """
+
+    products: engine.Products
+    exact: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, eq=False)
 class Family:
     """

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .. import _C, engine, ops
-from .core import FAST, Swapped, is_in_8_bits, is_off, swapped_encoders
+from .core import FAST, Swapped, is_off, rounding_of, swapped_encoders
 
 
 @dataclass(frozen=True)
@@ -86,20 +86,23 @@ def _parts(encoder: Any) -> tuple[Part, ...]:
         parts.append(Part(op, choice.path, choice.reason))
     if device == "cpu":
         parts.append(_engine_part(encoder, parameter))
-    parts.append(Part("linear", "torch", "the library's matrix product, on real tokens alone"))
+    choice = ops.choose("linear", device, dtype, config.hidden_size)
+    parts.append(Part("linear", choice.path, f"{choice.reason}, on real tokens alone"))
     return tuple(parts)
 
 
 def _engine_part(encoder: Any, parameter: Any) -> Part:
     """Whether calls without gradients run through the CPU engine, in which case they use none of the other parts."""
+    stack = encoder.bert_fast_family.stack(encoder)
     with torch.no_grad():
-        reason = engine.why_not(encoder.bert_fast_family.stack(encoder), parameter)
+        reason = engine.why_not(stack, parameter)
     if reason is not None:
         return Part("layers", "torch", f"each part by itself, since {reason}")
-    products = "float32 on packed weights"
-    if is_in_8_bits(encoder):
-        exact = encoder.bert_fast_int8_exact
-        products = "8 bits" + (f", but float32 in {', '.join(exact)}" if exact else "")
+    rounding = rounding_of(encoder)
+    exact = () if rounding is None else rounding.exact
+    products = f"{stack.products} on packed weights" + (f", but float32 in {', '.join(exact)}" if exact else "")
+    if stack.products == "float32" and "bfloat16" in (stack.wanted, str(stack.dtype).removeprefix("torch.")):
+        products += ": this machine has no instruction for bfloat16, with which they would be slower"
     return Part("layers", "cpp", f"without gradients all in one call, products in {products}")
 
 

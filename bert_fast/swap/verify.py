@@ -11,20 +11,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .core import argument_names, bind, in_float32, is_in_8_bits, original, swapped_encoders
+from ..engine import Products
+from .core import argument_names, bind, original, rounding_of, swapped_encoders, without_rounding
 
 # An error may be twice the original's, and this many units in the last place of the largest value where both are tiny.
 FACTOR = 2.0
 UNITS = 16.0
 
-# What 8 bits may cost: a text's vector against its true one, and the order of the texts' similarities.
-SMALLEST_COSINE = 0.98
-LARGEST_DISTANCE = 0.25
-SMALLEST_RANK_CORRELATION = 0.95
 FEWEST_TEXTS_TO_RANK = 4
 
 # Outputs (batch, length) with a number for each token; other outputs of two dimensions belong to the sequences.
 TOKEN_SCORES = ("start_logits", "end_logits")
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What products in fewer bits may cost: see RoundingCheck."""
+
+    cosine: float
+    distance: float
+    rank_correlation: float
+
+
+BOUNDS: Mapping[Products, Bounds] = {"int8": Bounds(0.98, 0.25, 0.95), "bfloat16": Bounds(0.999, 0.05, 0.99)}
 
 
 class VerificationError(ArithmeticError):
@@ -61,11 +70,13 @@ class TensorCheck:
 
 
 @dataclass(frozen=True)
-class Int8Check:
-    """An encoder that multiplies in 8 bits, by its texts' vectors: the means of the last hidden states at the tokens.
+class RoundingCheck:
+    """An encoder that was asked to multiply in fewer bits than its parameters have, by its texts' vectors: the means of
+    the last hidden states at the tokens.
 
     Attributes:
         name: of the encoder.
+        products: what it was asked for.
         cosine: smallest cosine between a text's vector and the same from float64.
         distance: largest distance between the two, by the length of the true one.
         rank_correlation: Spearman's, between the cosines of all pairs of texts and the same from float64; None where
@@ -73,39 +84,42 @@ class Int8Check:
     """
 
     name: str
+    products: Products
     cosine: float
     distance: float
     rank_correlation: float | None
 
     @property
     def is_within(self) -> bool:
+        bounds = BOUNDS[self.products]
         rank_correlation = 1.0 if self.rank_correlation is None else self.rank_correlation
         return (  # false for NaN
-            self.cosine >= SMALLEST_COSINE
-            and self.distance <= LARGEST_DISTANCE
-            and rank_correlation >= SMALLEST_RANK_CORRELATION
+            self.cosine >= bounds.cosine
+            and self.distance <= bounds.distance
+            and rank_correlation >= bounds.rank_correlation
         )
 
     def __str__(self) -> str:
+        bounds = BOUNDS[self.products]
         ranks = "too few texts to rank" if self.rank_correlation is None else f"{self.rank_correlation:.4f}"
         mark = "" if self.is_within else "  out of bounds"
         return (
-            f"{self.name} in 8 bits: smallest cosine of a text {self.cosine:.5f} (bound {SMALLEST_COSINE}), largest "
-            f"distance {self.distance:.4f} (bound {LARGEST_DISTANCE}), rank correlation of pairs {ranks} "
-            f"(bound {SMALLEST_RANK_CORRELATION}){mark}"
+            f"{self.name} in {self.products}: smallest cosine of a text {self.cosine:.5f} (bound {bounds.cosine}), "
+            f"largest distance {self.distance:.4f} (bound {bounds.distance}), rank correlation of pairs {ranks} "
+            f"(bound {bounds.rank_correlation}){mark}"
         )
 
 
 @dataclass(frozen=True)
 class Verification:
-    """The figures of one call of verify; `checks` are of the model in float32."""
+    """The figures of one call of verify; `checks` are of the model without what swap's int8 or bf16 rounds."""
 
     checks: tuple[TensorCheck, ...]
-    int8_checks: tuple[Int8Check, ...] = ()
+    rounding_checks: tuple[RoundingCheck, ...] = ()
 
     @property
     def is_within(self) -> bool:
-        return all(check.is_within for check in self.checks) and all(check.is_within for check in self.int8_checks)
+        return all(check.is_within for check in self.checks) and all(check.is_within for check in self.rounding_checks)
 
     def __str__(self) -> str:
         width = max(len(check.name) for check in self.checks)
@@ -116,7 +130,7 @@ class Verification:
                 f"{c.name:<{width}}  {c.error:9.2e}  {c.original_error:9.2e}  {c.bound:9.2e}  {c.difference:10.2e}"
                 f"  {c.cosine:9.7f}{mark}"
             )
-        return "\n".join([*lines, *map(str, self.int8_checks)])
+        return "\n".join([*lines, *map(str, self.rounding_checks)])
 
 
 def _floats(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
@@ -163,20 +177,20 @@ def _text_vectors(hidden: Tensor, rows: Tensor | None) -> Tensor:
     return (hidden[has_tokens] * rows[..., None]).sum(1) / rows.sum(1, keepdim=True)
 
 
-def _int8_check(name: str, state: Tensor, oracle: Tensor, rows: Tensor | None) -> Int8Check:
+def _rounding_check(name: str, products: Products, state: Tensor, oracle: Tensor, rows: Tensor | None) -> RoundingCheck:
     ours, exact = _text_vectors(state, rows), _text_vectors(oracle, rows)
     if len(ours) == 0:
-        return Int8Check(name, 1.0, 0.0, None)
+        return RoundingCheck(name, products, 1.0, 0.0, None)
     cosine = torch.nn.functional.cosine_similarity(ours, exact, dim=-1).min().item()
     distance = ((ours - exact).norm(dim=-1) / exact.norm(dim=-1)).max().item()
     if len(ours) < FEWEST_TEXTS_TO_RANK:
-        return Int8Check(name, cosine, distance, None)
+        return RoundingCheck(name, products, cosine, distance, None)
     one, other = torch.triu_indices(len(ours), len(ours), 1)
     ranks = []
     for vectors in (ours, exact):
         unit = torch.nn.functional.normalize(vectors, dim=-1)
         ranks.append((unit[one] * unit[other]).sum(-1).argsort().argsort().double())
-    return Int8Check(name, cosine, distance, torch.corrcoef(torch.stack(ranks))[0, 1].item())
+    return RoundingCheck(name, products, cosine, distance, torch.corrcoef(torch.stack(ranks))[0, 1].item())
 
 
 @contextmanager
@@ -236,14 +250,14 @@ def verify(model: nn.Module, batch: Any) -> Verification:
             or a list of texts.
 
     Returns:
-        The errors of every floating tensor in the output and of each encoder's last hidden state, at the tokens, all in
-        float32; and for an encoder that multiplies in 8 bits how far its texts' vectors are from the true ones.
+        The errors of every floating tensor in the output and of each encoder's last hidden state, at the tokens,
+        without int8 or bf16 of `swap`; and for an encoder that was swapped with one of those how far its texts' vectors
+        are from the true ones.
 
     Raises:
         ValueError: nothing is swapped.
-        VerificationError: an error is above twice the original's plus 16 units in the last place; or 8 bits turn a
-            text's vector beyond SMALLEST_COSINE, move it beyond LARGEST_DISTANCE, or reorder the pairs below
-            SMALLEST_RANK_CORRELATION.
+        VerificationError: an error is above twice the original's plus 16 units in the last place; or int8 or bf16 turn
+            or move a text's vector, or reorder the pairs of texts, beyond BOUNDS.
     """
     encoders = dict(swapped_encoders(model))
     if not encoders:
@@ -254,13 +268,14 @@ def verify(model: nn.Module, batch: Any) -> Verification:
     mask = batch.get("attention_mask")
     tokens = mask.detach().cpu() != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
     with _evaluation(model):
-        states_in_8_bits = _run(model, batch, encoders)[1] if any(map(is_in_8_bits, encoders.values())) else {}
-        with in_float32(model):
+        has_rounding = any(rounding_of(encoder) is not None for encoder in encoders.values())
+        rounded_states = _run(model, batch, encoders)[1] if has_rounding else {}
+        with without_rounding(model):
             ours, our_states = _run(model, batch, encoders)
         with original(model):
             theirs, their_states = _run(model, batch, encoders)
             exact = _run_exact(model, batch)
-        checks, int8_checks = [], []
+        checks, rounding_checks = [], []
         for name, module in encoders.items():
             if name not in our_states:
                 continue
@@ -269,11 +284,12 @@ def verify(model: nn.Module, batch: Any) -> Verification:
             call_mask = call.get("attention_mask")
             rows = None if call_mask is None or call_mask.dim() != 2 else call_mask.cpu() != 0
             checks.append(_check(f"{name or 'encoder'}: last hidden state", state, their_states[name][1], oracle, rows))
-            if is_in_8_bits(module):
-                int8_checks.append(_int8_check(name or "encoder", states_in_8_bits[name][1], oracle, rows))
+            if (rounding := rounding_of(module)) is not None:
+                state = rounded_states[name][1]
+                rounding_checks.append(_rounding_check(name or "encoder", rounding.products, state, oracle, rows))
     for (name, a), (_, b), (_, c) in zip(_floats(ours, ""), _floats(theirs, ""), _floats(exact, ""), strict=True):
         checks.append(_check(name or "output", a, b, c, tokens))
-    result = Verification(tuple(checks), tuple(int8_checks))
+    result = Verification(tuple(checks), tuple(rounding_checks))
     if not result.is_within:
         raise VerificationError(result)
     return result

@@ -104,10 +104,13 @@ inline void transpose_padded(const float* from, int64_t from_row, int64_t rows, 
     }
 }
 
-// Scores become exponentials of their distance from the largest; those of the padding count for nothing.
+// Scores become exponentials of their distance from the largest; those of the padding count for nothing. `largest` is that
+// of the scaled scores.
 struct SoftmaxRow {
     float sum;
-    float log_sum_exp;
+    float largest;
+
+    float log_sum_exp() const { return largest + std::log(sum); }
 };
 
 inline SoftmaxRow softmax_row(float* scores, int64_t keys, int64_t padded, float scale) {
@@ -117,10 +120,10 @@ inline SoftmaxRow softmax_row(float* scores, int64_t keys, int64_t padded, float
     for (int64_t j = kLanes; j < padded; j += kLanes) {
         Vec score;
         load(scores + j, score);
-        largest_of_lane = score > largest_of_lane ? score : largest_of_lane;
+        largest_of_lane = larger(score, largest_of_lane);
     }
-    float largest = largest_of_lane[0];
-    for (int i = 1; i < kLanes; ++i) largest = largest_of_lane[i] > largest ? largest_of_lane[i] : largest;
+    const float largest = largest_of_lanes(largest_of_lane);
+    const float factor = scale * 1.44269504f;  // to powers of 2
     Vec sums{};
     for (int64_t first = 0; first < padded; first += kSumBlock) {
         const int64_t last = std::min(first + kSumBlock, padded);
@@ -128,15 +131,13 @@ inline SoftmaxRow softmax_row(float* scores, int64_t keys, int64_t padded, float
         for (int64_t j = first; j < last; j += kLanes) {
             Vec score;
             load(scores + j, score);
-            score = exp_nonpositive((score - largest) * scale);
+            score = exp2_nonpositive((score - largest) * factor);
             store(score, scores + j);
             part += score;
         }
         sums += part;
     }
-    float sum = 0.0f;
-    for (int i = 0; i < kLanes; ++i) sum += sums[i];
-    return {sum, largest * scale + std::log(sum)};
+    return {sum_of_lanes(sums), largest * scale};
 }
 
 // Scratch of one thread, reused from item to item.
@@ -205,7 +206,7 @@ inline void attend_queries(const AttentionShape& shape, const Tile& tile, int64_
             float* weights = scores + i * padded_keys;
             const SoftmaxRow softmax = softmax_row(weights, keys, padded_keys, shape.scale);
             inverse_sums[i] = 1.0f / softmax.sum;
-            if (queries.log_sum_exp != nullptr) queries.log_sum_exp[row + i] = softmax.log_sum_exp;
+            if (queries.log_sum_exp != nullptr) queries.log_sum_exp[row + i] = softmax.log_sum_exp();
             if (!shape.dropout.is_on()) continue;
             dropout_factors(shape.dropout, tile.sequence_start, head, queries.first_row + row + i, keys, factors);
 #pragma omp simd

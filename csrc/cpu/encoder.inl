@@ -20,36 +20,53 @@ struct GeluStrip {
         for (int64_t row = 0; row < rows; ++row) {
             float* values = c + row * c_row;
             if (kind == Gelu::erf) {
-#pragma omp simd
-                for (int64_t i = 0; i < columns; ++i) values[i] = ErfGelu::value(values[i]);
+                gelu_row<ErfGelu>(columns, values, nullptr, values);
             } else {
-#pragma omp simd
-                for (int64_t i = 0; i < columns; ++i) values[i] = TanhGelu::value(values[i]);
+                gelu_row<TanhGelu>(columns, values, nullptr, values);
             }
         }
     }
 };
 
-// Rows of activations, and the same in 8 bits where a product wants them so.
+// Rows of activations, and the same in fewer bits where a product wants them so.
 struct Activation {
     float* values;
     int64_t row;
     int64_t width;
-    uint8_t* bytes;
+    Narrow narrow;
+    uint8_t* bytes;  // the narrow values
     int64_t byte_row;
-    float* scales;
+    float* scales;  // of those in 8 bits
     int64_t scale_row;
 
+    const uint16_t* halves() const { return reinterpret_cast<const uint16_t*>(bytes); }
+    int64_t half_row() const { return byte_row / static_cast<int64_t>(sizeof(uint16_t)); }
+
     Activation from_row(int64_t first) const {
-        return {values + first * row, row, width, bytes + first * byte_row, byte_row, scales + first * scale_row, scale_row};
+        Activation result = *this;
+        result.values += first * row;
+        result.bytes += first * byte_row;
+        result.scales += first * scale_row;
+        return result;
     }
 
     // Some of its columns, the first of which begins a group.
     Activation columns(int64_t first, int64_t count) const {
-        return {values + first, row, count, bytes + first, byte_row, scales + first / kGroup, scale_row};
+        Activation result = *this;
+        result.values += first;
+        result.width = count;
+        result.bytes += narrow == Narrow::bfloat16 ? first * static_cast<int64_t>(sizeof(uint16_t)) : first;
+        result.scales += first / kGroup;
+        return result;
     }
 
-    void quantise(int64_t rows) const { quantise_rows(values, row, rows, width, bytes, byte_row, scales); }
+    void round(int64_t rows) const {
+        if (narrow == Narrow::bfloat16) {
+            round_rows(values, row, rows, width, reinterpret_cast<uint16_t*>(bytes), half_row());
+        } else {
+            quantise_rows(values, row, rows, width, bytes, byte_row, scales);
+        }
+    }
 };
 
 // Hands out parts of an array.
@@ -64,15 +81,24 @@ struct Workspace {
 
     Workspace rest(int64_t offset = 0) const { return {start + used + offset, 0}; }
 
-    // An activation whose values are elsewhere: room for its bytes and scales.
-    static int64_t bytes_size(int64_t rows, int64_t width) {
-        return rows * (round_up(width, kQuad) / static_cast<int64_t>(sizeof(float)) + num_groups(width));
+    // Whole floats.
+    static int64_t narrow_row_bytes(Narrow narrow, int64_t width) {
+        if (narrow == Narrow::none) return 0;
+        return narrow == Narrow::int8 ? round_up(width, kQuad)
+                                      : round_up(width, kPair) * static_cast<int64_t>(sizeof(uint16_t));
+    }
+    static int64_t num_scales(Narrow narrow, int64_t width) { return narrow == Narrow::int8 ? num_groups(width) : 0; }
+
+    // An activation whose values are elsewhere: room for the narrow ones and their scales.
+    static int64_t narrow_size(Narrow narrow, int64_t rows, int64_t width) {
+        return rows * (narrow_row_bytes(narrow, width) / static_cast<int64_t>(sizeof(float)) + num_scales(narrow, width));
     }
 
-    Activation activation(float* values, int64_t row, int64_t rows, int64_t width) {
-        const int64_t byte_row = round_up(width, kQuad);
+    Activation activation(Narrow narrow, float* values, int64_t row, int64_t rows, int64_t width) {
+        const int64_t byte_row = narrow_row_bytes(narrow, width);
         auto* bytes = reinterpret_cast<uint8_t*>(take(rows * byte_row / static_cast<int64_t>(sizeof(float))));
-        return {values, row, width, bytes, byte_row, take(rows * num_groups(width)), num_groups(width)};
+        const int64_t scales = num_scales(narrow, width);
+        return {values, row, width, narrow, bytes, byte_row, take(rows * scales), scales};
     }
 };
 
@@ -95,8 +121,9 @@ class EncoderStack {
         const int64_t used = workspace_.used;
         if (shares_columns()) {
             const int64_t inner_row = round_up(inner_, kLanes);
-            return used + most_rows_ * (2 * row_ + inner_row) + 3 * Workspace::bytes_size(most_rows_, hidden_) +
-                   Workspace::bytes_size(most_rows_, inner_);
+            return used + most_rows_ * (2 * row_ + inner_row) +
+                   3 * Workspace::narrow_size(shape_.narrow, most_rows_, hidden_) +
+                   Workspace::narrow_size(shape_.narrow, most_rows_, inner_);
         }
         return used + threads_ * block_workspace();
     }
@@ -119,12 +146,16 @@ class EncoderStack {
     // Below this many rows a thread, each of them would read all weights for too little work. In 8 bits they are small, and
     // what the threads would tell one another between the products takes longer.
     static constexpr int64_t kMinRows = 16;
+    static constexpr int64_t kMinRowsInBfloat16 = 8;
     static constexpr int64_t kMinRowsIn8Bits = 4;
     static constexpr int64_t kMaxBlockFloats = 48 * 1024;  // of an activation in a block of rows
 
-    bool shares_columns() const {
-        return threads_ > 1 && tokens_ < threads_ * (shape_.is_in_8_bits ? kMinRowsIn8Bits : kMinRows);
+    int64_t min_rows() const {
+        if (!shape_.is_mostly_narrow) return kMinRows;
+        return shape_.narrow == Narrow::int8 ? kMinRowsIn8Bits : kMinRowsInBfloat16;
     }
+
+    bool shares_columns() const { return threads_ > 1 && tokens_ < threads_ * min_rows(); }
 
     // ---- both ways ----
 
@@ -157,15 +188,20 @@ class EncoderStack {
                          int64_t columns, const Target& target, int64_t first_panel, int64_t last_panel,
                          const Finish& finish) const {
         const bool ends = first_depth + a.width == depth;
-        const float* bias = ends ? linear.bias : nullptr;
+        const Result result{rows, columns, ends ? linear.bias : nullptr, target.c, target.c_row, target.first_column,
+                            first_depth > 0};
         if (linear.weight != nullptr) {
-            multiply_panels({a.values, a.row, 1, rows, linear.weight, depth, first_depth, a.width, columns, bias, target.c,
-                             target.c_row, target.first_column, first_depth > 0},
+            multiply_panels(FloatFactors{a.values, a.row, 1, linear.weight, depth, first_depth, a.width}, result,
                             first_panel, last_panel, finish);
+        } else if (linear.halves != nullptr) {
+            multiply_panels(HalfFactors{a.halves(), a.half_row(), linear.halves, round_up(depth, kPair) / kPair, first_depth,
+                                        a.width},
+                            result, first_panel, last_panel, finish);
         } else {
-            multiply_byte_panels({a.bytes, a.byte_row, a.scales, a.scale_row, rows, linear.quantised, depth, first_depth,
-                                  a.width, columns, bias, target.c, target.c_row, target.first_column, first_depth > 0},
-                                 first_panel, last_panel, finish);
+            const Quantised& b = linear.quantised;
+            multiply_panels(ByteFactors{a.bytes, a.byte_row, a.scales, a.scale_row, b.weight, round_up(depth, kQuad) / kQuad,
+                                        first_depth, a.width, b.scales, b.offsets, round_up(columns, kLanes)},
+                            result, first_panel, last_panel, finish);
         }
     }
 
@@ -205,10 +241,8 @@ class EncoderStack {
         }
     }
 
-    static bool wants_bytes(const Linear& linear) { return linear.weight == nullptr; }
-
-    static bool wants_bytes(const EncoderLayer& layer) {
-        return wants_bytes(layer.query) || wants_bytes(layer.key) || wants_bytes(layer.value);
+    static bool has_narrow_projections(const EncoderLayer& layer) {
+        return layer.query.is_narrow() || layer.key.is_narrow() || layer.value.is_narrow();
     }
 
     struct Projection {
@@ -229,7 +263,8 @@ class EncoderStack {
 
     int64_t block_workspace() const {
         const int64_t rows = max_block_rows() + kTileRows;
-        return rows * (2 * row_ + slice_) + Workspace::bytes_size(rows, hidden_) + Workspace::bytes_size(rows, slice_);
+        return rows * (2 * row_ + slice_) + Workspace::narrow_size(shape_.narrow, rows, hidden_) +
+               Workspace::narrow_size(shape_.narrow, rows, slice_);
     }
 
     // A thread's own memory for a block.
@@ -246,7 +281,8 @@ class EncoderStack {
         float* sums = own.take(rows * row_);
         float* attended = own.take(rows * row_);
         float* slice = own.take(rows * slice_);
-        return {sums, attended, own.activation(nullptr, 0, rows, hidden_), own.activation(slice, slice_, rows, slice_)};
+        return {sums, attended, own.activation(shape_.narrow, nullptr, 0, rows, hidden_),
+                own.activation(shape_.narrow, slice, slice_, rows, slice_)};
     }
 
     // Blocks of nearly one size, as many for each thread.
@@ -278,15 +314,15 @@ class EncoderStack {
     }
 
     void project(const float* x, int64_t rows, int64_t first, Projection projection, const Block& own) const {
-        Activation a = own.hidden;
-        a.values = const_cast<float*>(x);
-        a.row = hidden_;
-        multiply_linear(a, rows, *projection.linear, 0, hidden_, hidden_, {projection.result + first * row_, row_}, 0,
-                        num_panels(hidden_), Nothing());
+        multiply_linear(own_hidden(x, own), rows, *projection.linear, 0, hidden_, hidden_,
+                        {projection.result + first * row_, row_}, 0, num_panels(hidden_), Nothing());
     }
 
-    void quantise_hidden(const float* x, int64_t rows, const Block& own) const {
-        quantise_rows(x, hidden_, rows, hidden_, own.hidden.bytes, own.hidden.byte_row, own.hidden.scales);
+    Activation own_hidden(const float* x, const Block& own) const {
+        Activation result = own.hidden;
+        result.values = const_cast<float*>(x);
+        result.row = hidden_;
+        return result;
     }
 
     void project_block(int64_t layer, int64_t block, const Block& own) const {
@@ -294,7 +330,7 @@ class EncoderStack {
         const int64_t rows = block_begin(tokens_, block + 1) - first;
         if (rows == 0) return;
         const float* x = layer_input(layer) + first * hidden_;
-        if (wants_bytes(layers_[layer])) quantise_hidden(x, rows, own);
+        if (has_narrow_projections(layers_[layer])) own_hidden(x, own).round(rows);
         const auto all = projections(layer);
         for (size_t i = is_partial(layer) ? 1 : 0; i < all.size(); ++i) project(x, rows, first, all[i], own);
     }
@@ -306,7 +342,7 @@ class EncoderStack {
         if (rows == 0) return;
         const float* x = selected_ + first * hidden_;
         const Projection query = projections(shape_.num_layers - 1)[0];
-        if (wants_bytes(*query.linear)) quantise_hidden(x, rows, own);
+        if (query.linear->is_narrow()) own_hidden(x, own).round(rows);
         project(x, rows, first, query, own);
     }
 
@@ -319,21 +355,21 @@ class EncoderStack {
         Activation context = own.hidden;
         context.values = context_ + first * row_;
         context.row = row_;
-        if (wants_bytes(layer.attention_output)) context.quantise(rows);
+        if (layer.attention_output.is_narrow()) context.round(rows);
         multiply_linear(context, rows, layer.attention_output, 0, hidden_, hidden_, {own.sums, row_}, 0, panels, Nothing());
         normalise(layer.attention_norm, rows, own.sums, part.x + first * hidden_, own.attended);
 
         Activation attended = own.hidden;
         attended.values = own.attended;
         attended.row = hidden_;
-        if (wants_bytes(layer.intermediate)) attended.quantise(rows);
+        if (layer.intermediate.is_narrow()) attended.round(rows);
         for (int64_t begin = 0; begin < inner_; begin += slice_) {
             Activation slice = own.slice;
             slice.width = std::min(slice_, inner_ - begin);
             multiply_linear(attended, rows, layer.intermediate, 0, hidden_, inner_, {slice.values, slice_, begin},
                             begin / kPanel, std::min(begin / kPanel + kSlicePanels, num_panels(inner_)),
                             GeluStrip{shape_.gelu});
-            if (wants_bytes(layer.output)) slice.quantise(rows);
+            if (layer.output.is_narrow()) slice.round(rows);
             multiply_linear(slice, rows, layer.output, begin, inner_, hidden_, {own.sums, row_}, 0, panels, Nothing());
         }
         normalise(layer.output_norm, rows, own.sums, own.attended, part.y + first * hidden_);
@@ -341,8 +377,8 @@ class EncoderStack {
 
     // ---- few rows: every product is shared out by its panels ----
 
-    static void share_out_bytes(const Worker& worker, bool is_wanted, const Activation& a, int64_t rows) {
-        if (is_wanted) worker.share_evenly(rows, [&](int64_t row) { a.from_row(row).quantise(1); });
+    static void share_out_rounding(const Worker& worker, bool is_wanted, const Activation& a, int64_t rows) {
+        if (is_wanted) worker.share_evenly(rows, [&](int64_t row) { a.from_row(row).round(1); });
     }
 
     void share_out_norm(const Worker& worker, const Norm& norm, int64_t rows, const float* x, const float* residual,
@@ -366,22 +402,25 @@ class EncoderStack {
         const int64_t inner_row = round_up(inner_, kLanes);
         Workspace rest = workspace_.rest();
         float* sums = rest.take(most_rows_ * row_);
-        const Activation attended = rest.activation(rest.take(most_rows_ * row_), hidden_, most_rows_, hidden_);
-        const Activation context = rest.activation(context_, row_, most_rows_, hidden_);
-        const Activation activation = rest.activation(rest.take(most_rows_ * inner_row), inner_row, most_rows_, inner_);
-        Activation x = rest.activation(nullptr, hidden_, most_rows_, hidden_);
+        const auto activations = [&](float* values, int64_t row, int64_t width) {
+            return rest.activation(shape_.narrow, values, row, most_rows_, width);
+        };
+        const Activation attended = activations(rest.take(most_rows_ * row_), hidden_, hidden_);
+        const Activation context = activations(context_, row_, hidden_);
+        const Activation activation = activations(rest.take(most_rows_ * inner_row), inner_row, inner_);
+        Activation x = activations(nullptr, hidden_, hidden_);
         const int64_t panels = num_panels(hidden_);
         const int64_t inner_panels = num_panels(inner_);
         for (int64_t i = 0; i < shape_.num_layers; ++i) {
             const EncoderLayer& layer = layers_[i];
             const auto heads = projections(i);
             x.values = const_cast<float*>(layer_input(i));
-            share_out_bytes(worker, wants_bytes(layer), x, tokens_);
+            share_out_rounding(worker, has_narrow_projections(layer), x, tokens_);
             if (is_partial(i)) {
                 share_out_projections(worker, x, tokens_, &heads[1], 2);
                 gather_rows(worker);
                 x.values = selected_;
-                share_out_bytes(worker, wants_bytes(layer.query), x, shape_.num_rows);
+                share_out_rounding(worker, layer.query.is_narrow(), x, shape_.num_rows);
                 share_out_projections(worker, x, shape_.num_rows, &heads[0], 1);
             } else {
                 share_out_projections(worker, x, tokens_, &heads[0], 3);
@@ -389,16 +428,16 @@ class EncoderStack {
             attend(is_partial(i), worker, scratch);
             const Part current = part(i);
             const int64_t rows = current.rows;
-            share_out_bytes(worker, wants_bytes(layer.attention_output), context, rows);
+            share_out_rounding(worker, layer.attention_output.is_narrow(), context, rows);
             multiply_linear(context, rows, layer.attention_output, 0, hidden_, hidden_, {sums, row_},
                             worker.first_of(panels), worker.last_of(panels), Nothing());
             worker.wait();
             share_out_norm(worker, layer.attention_norm, rows, sums, current.x, attended.values);
-            share_out_bytes(worker, wants_bytes(layer.intermediate), attended, rows);
+            share_out_rounding(worker, layer.intermediate.is_narrow(), attended, rows);
             multiply_linear(attended, rows, layer.intermediate, 0, hidden_, inner_, {activation.values, inner_row},
                             worker.first_of(inner_panels), worker.last_of(inner_panels), GeluStrip{shape_.gelu});
             worker.wait();
-            share_out_bytes(worker, wants_bytes(layer.output), activation, rows);
+            share_out_rounding(worker, layer.output.is_narrow(), activation, rows);
             for (int64_t panel = worker.first_of(panels); panel < worker.last_of(panels); ++panel)
                 for (int64_t begin = 0; begin < inner_; begin += slice_)
                     multiply_linear(activation.columns(begin, std::min(slice_, inner_ - begin)), rows, layer.output, begin,

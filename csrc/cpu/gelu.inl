@@ -9,74 +9,86 @@ constexpr float kCubic = 0.044715f;
 // By the normal distribution's tail T(a) = 0.5 * erfc(a / sqrt(2)) = exp(-a^2 / 2) * S(a), a >= 0, where S is smooth and
 // close to a rational function (fitted to 2.5e-8): GELU(x) = max(x, 0) - |x| T(|x|) then has no digits to lose.
 struct ErfGelu {
-    float x;
-    float magnitude;  // of x, within the fit; NaN stays NaN
-    float density;    // exp(-x^2 / 2)
-    float tail;
+    Vec x;
+    Vec magnitude;  // of x, within the fit; NaN stays NaN
+    Vec density;    // exp(-x^2 / 2)
+    Vec tail;
 
-    BERT_FAST_INLINE explicit ErfGelu(float value) : x(value) {
-        float clamped = x > 14.0f ? 14.0f : x;
-        clamped = clamped < -14.0f ? -14.0f : clamped;
-        const float a = std::fabs(clamped);
-        float p = 0.0130779066f;
+    BERT_FAST_INLINE explicit ErfGelu(const Vec& value) : x(value) {
+        const Vec a = smaller(broadcast(13.0f), magnitude_of(x));
+        Vec p = broadcast(0.0130779066f);
         p = p * a + 0.102071617f;
         p = p * a + 0.330394625f;
         p = p * a + 0.499999988f;
-        float q = 0.0328015201f;
+        Vec q = broadcast(0.0328015201f);
         q = q * a + 0.25527821f;
         q = q * a + 0.868013499f;
         q = q * a + 1.45867213f;
         q = q * a + 1.0f;
         magnitude = a;
-        density = exp_f32(-0.5f * a * a);
-        tail = density * p / q;
+        density = exp2_nonpositive(a * a * -0.721347520f);  // -0.5 * log2(e)
+        tail = density * p * reciprocal(q);
     }
 
-    static BERT_FAST_INLINE float value(float x) {
+    static BERT_FAST_INLINE Vec value(const Vec& x) {
         const ErfGelu gelu(x);
         // Infinities become NaN, as in torch: where they come from, something is wrong that should be seen.
-        return (x < 0.0f ? 0.0f : x) - gelu.magnitude * gelu.tail + x * 0.0f;
+        return larger(Vec{}, x) - gelu.magnitude * gelu.tail + x * 0.0f;
     }
-    static BERT_FAST_INLINE float slope(float x) {
+    static BERT_FAST_INLINE Vec slope(const Vec& x) {
         const ErfGelu gelu(x);
-        return (x < 0.0f ? gelu.tail : 1.0f - gelu.tail) + std::copysign(gelu.magnitude, x) * kInvSqrt2Pi * gelu.density;
+        const Vec upright = gelu.magnitude * kInvSqrt2Pi * gelu.density;
+        return x < 0.0f ? gelu.tail - upright : 1.0f - gelu.tail + upright;
+    }
+
+  private:
+    // Of what is at least 1: two units in the last place, in a third of the time that a division takes.
+    static BERT_FAST_INLINE Vec reciprocal(const Vec& q) {
+#if defined(__x86_64__) && BERT_FAST_LANES == 16
+        const Vec estimate = (Vec)_mm512_rcp14_ps((__m512)q);
+        return estimate + estimate * (1.0f - q * estimate);
+#else
+        return 1.0f / q;
+#endif
     }
 };
 
 // 0.5 * (1 + tanh(u)) is the logistic function of 2u, which loses no digits where tanh(u) is near -1.
 struct TanhGelu {
-    static BERT_FAST_INLINE float decay(float x) {
-        return exp_f32(-2.0f * kSqrt2OverPi * (x + kCubic * x * x * x));
+    static BERT_FAST_INLINE Vec decay(const Vec& x) {
+        return exp_of(-2.0f * kSqrt2OverPi * (x + kCubic * x * x * x));
     }
-    static BERT_FAST_INLINE float value(float x) { return x / (1.0f + decay(x)); }
-    static BERT_FAST_INLINE float slope(float x) {
-        const float e = decay(x);
-        const float gate = 1.0f / (1.0f + e);
-        const float rest = e * gate;  // 1 - gate, with all its digits
+    static BERT_FAST_INLINE Vec value(const Vec& x) { return x / (1.0f + decay(x)); }
+    static BERT_FAST_INLINE Vec slope(const Vec& x) {
+        const Vec e = decay(x);
+        const Vec gate = 1.0f / (1.0f + e);
+        const Vec rest = e * gate;  // 1 - gate, with all its digits
         return gate + x * gate * rest * 2.0f * kSqrt2OverPi * (1.0f + 3.0f * kCubic * x * x);
     }
 };
 
 template <typename Kind>
 void gelu_row(int64_t width, const float* x, const float* bias, float* y) {
-    if (bias == nullptr) {
-#pragma omp simd
-        for (int64_t i = 0; i < width; ++i) y[i] = Kind::value(x[i]);
-    } else {
-#pragma omp simd
-        for (int64_t i = 0; i < width; ++i) y[i] = Kind::value(x[i] + bias[i]);
-    }
+    by_vectors(width, [&](int64_t i, const auto& get, const auto& put) BERT_FAST_LAMBDA {
+        Vec value;
+        Vec shift{};
+        get(x + i, value);
+        if (bias != nullptr) get(bias + i, shift);
+        put(Kind::value(value + shift), y + i);
+    });
 }
 
 template <typename Kind>
 void gelu_grad_row(int64_t width, const float* grad_y, const float* x, const float* bias, float* grad_x) {
-    if (bias == nullptr) {
-#pragma omp simd
-        for (int64_t i = 0; i < width; ++i) grad_x[i] = grad_y[i] * Kind::slope(x[i]);
-    } else {
-#pragma omp simd
-        for (int64_t i = 0; i < width; ++i) grad_x[i] = grad_y[i] * Kind::slope(x[i] + bias[i]);
-    }
+    by_vectors(width, [&](int64_t i, const auto& get, const auto& put) BERT_FAST_LAMBDA {
+        Vec value;
+        Vec grad;
+        Vec shift{};
+        get(x + i, value);
+        get(grad_y + i, grad);
+        if (bias != nullptr) get(bias + i, shift);
+        put(grad * Kind::slope(value + shift), grad_x + i);
+    });
 }
 
 void gelu(int64_t rows, int64_t width, const float* x, const float* bias, Gelu kind, float* y, int threads) {

@@ -1,7 +1,9 @@
 // Included once per instruction set, after the standard headers and the target pragma.
 #include "common.inl"
 #include "philox.inl"
+#include "panels.inl"
 #include "gemm.inl"
+#include "bfloat16.inl"
 #include "int8.inl"
 #include "attention.inl"
 #include "gelu.inl"
@@ -29,6 +31,9 @@ const Kernels BERT_FAST_NAME(BERT_FAST_ISA) = {
     BERT_FAST_ISA::matrix_product,
     BERT_FAST_ISA::packed_size,
     BERT_FAST_ISA::pack_weight,
+    BERT_FAST_ISA::has_bfloat16,
+    BERT_FAST_ISA::packed_halves_size,
+    BERT_FAST_ISA::pack_halves,
     BERT_FAST_ISA::quantised_size,
     BERT_FAST_ISA::quantise_weight,
     BERT_FAST_ISA::padded_outputs,

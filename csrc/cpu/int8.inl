@@ -13,6 +13,39 @@ static_assert(kGroup % kPanel == 0 && kGroup % kQuad == 0, "a group is made of w
 
 inline int64_t num_groups(int64_t depth) { return (depth + kGroup - 1) / kGroup; }
 
+// Not finite if any value is not. As integers, magnitudes have the order that they have as numbers, and NaN is the largest.
+BERT_FAST_INLINE float largest_magnitude(const float* values, int64_t count) {
+    IntVec largest{};
+    by_vectors(count, [&](int64_t at, const auto& get, const auto&) BERT_FAST_LAMBDA {
+        Vec value;
+        get(values + at, value);
+        const IntVec magnitude = bits_of(value) & kMagnitudeBits;
+#if defined(__x86_64__) && BERT_FAST_LANES == 16
+        largest = (IntVec)_mm512_max_epi32((__m512i)magnitude, (__m512i)largest);
+#else
+        largest = magnitude > largest ? magnitude : largest;
+#endif
+    });
+    const auto larger_bits = [](const IntVec& a, const IntVec& b) BERT_FAST_LAMBDA { return a > b ? a : b; };
+    const int32_t bits = fold<kLanes / 2>(largest, larger_bits);
+    float result;
+    std::memcpy(&result, &bits, sizeof(result));
+    return result;
+}
+
+BERT_FAST_INLINE void store_low_bytes(const IntVec& values, int64_t count, uint8_t* to) {
+#if defined(__x86_64__) && BERT_FAST_LANES == 16
+    const __m128i bytes = _mm512_cvtepi32_epi8((__m512i)values);
+    if (count == kLanes) {
+        std::memcpy(to, &bytes, kLanes);
+    } else {
+        std::memcpy(to, &bytes, count);
+    }
+#else
+    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<uint8_t>(values[i]);
+#endif
+}
+
 // bytes (rows x depth, row by row byte_row) and scales (rows x groups). What is not finite makes the scale NaN.
 inline void quantise_rows(const float* x, int64_t x_row, int64_t rows, int64_t depth, uint8_t* bytes, int64_t byte_row,
                           float* scales) {
@@ -22,24 +55,16 @@ inline void quantise_rows(const float* x, int64_t x_row, int64_t rows, int64_t d
             const float* from = x + row * x_row + group * kGroup;
             uint8_t* to = bytes + row * byte_row + group * kGroup;
             const int64_t size = std::min(kGroup, depth - group * kGroup);
-            float largest = 0.0f;
-            float nan = 0.0f;
-#pragma omp simd reduction(max : largest) reduction(+ : nan)
-            for (int64_t i = 0; i < size; ++i) {
-                const float magnitude = std::fabs(from[i]);
-                largest = magnitude > largest ? magnitude : largest;
-                nan += from[i] * 0.0f;
-            }
-            scales[row * groups + group] = largest / kLargestByte + nan;
-            const float inverse = largest > 0.0f && nan == 0.0f ? kLargestByte / largest : 0.0f;
-#pragma omp simd
-            for (int64_t i = 0; i < size; ++i) {
-                // 1.5 * 2^23: the sum rounds to an integer, which its last bits hold.
-                const float shifted = (nan == 0.0f ? from[i] : 0.0f) * inverse + (12582912.0f + kZero);
-                int32_t bits;
-                std::memcpy(&bits, &shifted, sizeof(bits));
-                to[i] = static_cast<uint8_t>(bits);
-            }
+            const float largest = largest_magnitude(from, size);
+            const bool is_finite = largest <= std::numeric_limits<float>::max();
+            scales[row * groups + group] =
+                is_finite ? largest / kLargestByte : std::numeric_limits<float>::quiet_NaN();
+            const float inverse = largest > 0.0f && is_finite ? kLargestByte / largest : 0.0f;
+            by_vectors(size, [&](int64_t at, const auto& get, const auto&) BERT_FAST_LAMBDA {
+                Vec value;
+                get(from + at, value);
+                store_low_bytes(bits_of(value * inverse + (kRounding + kZero)), std::min<int64_t>(kLanes, size - at), to + at);
+            });
             if (group + 1 == groups) std::fill(to + size, to + round_up(size, kQuad), uint8_t{kZero});
         }
     }
@@ -83,77 +108,64 @@ void quantise_weight(const float* weight, int64_t outputs, int64_t inputs, int8_
     }
 }
 
-// One panel of columns for one strip of rows, one group deep.
+// One group deep.
 struct ByteStrip {
     const uint8_t* a;
     int64_t a_row;
     const float* a_scales;
     int64_t a_scale_row;
     const int8_t* b;
-    int64_t quads;
+    int64_t steps;
     const float* b_scales;
     const int32_t* offsets;
-    const float* bias;  // or null
-    float* c;
-    int64_t c_row;
-    bool accumulates;
-    const char* ahead;  // see Strip
 };
 
 template <int kRows, int kVectors>
-BERT_FAST_INLINE void finish_byte_strip(const ByteStrip& s, const IntVec (&sum)[kRows][kVectors]) {
+BERT_FAST_INLINE void finish_byte_strip(const ByteStrip& s, const StripTarget& target,
+                                        const IntVec (&sum)[kRows][kVectors]) {
     IntVec offsets[kVectors];
     Vec scales[kVectors];
-    Vec bias[kVectors] = {};
     for (int j = 0; j < kVectors; ++j) {
         std::memcpy(&offsets[j], s.offsets + j * kLanes, sizeof(IntVec));
         load(s.b_scales + j * kLanes, scales[j]);
-        if (s.bias != nullptr) load(s.bias + j * kLanes, bias[j]);
     }
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) {
-        const float scale = s.a_scales[i * s.a_scale_row];
-        float* row = s.c + i * s.c_row;
-#pragma GCC unroll 8
-        for (int j = 0; j < kVectors; ++j) {
-            Vec value = __builtin_convertvector(sum[i][j] - offsets[j], Vec) * (scale * scales[j]) + bias[j];
-            if (s.accumulates) {
-                Vec before;
-                load(row + j * kLanes, before);
-                value += before;
-            }
-            store(value, row + j * kLanes);
-        }
-    }
+    finish_strip<kRows, kVectors>(target, [&](int i, int j, const Vec& bias) BERT_FAST_LAMBDA {
+        const Vec factor = s.a_scales[i * s.a_scale_row] * scales[j];
+        return multiply_add(__builtin_convertvector(sum[i][j] - offsets[j], Vec), factor, bias);
+    });
 }
 
 #if defined(__x86_64__) && BERT_FAST_LANES == 16
 #define BERT_FAST_VNNI 1
 
-// In assembly, since GCC copies registers around the intrinsic, which costs half of the speed.
-template <int kRows, int kVectors>
-void multiply_byte_strip_vnni(const ByteStrip& s) {
-    IntVec sum[kRows][kVectors] = {};
-    const int8_t* b = s.b;
-    // Where nothing is to be fetched, lines that are here already: a condition would cost more than they do.
-    const char* ahead = s.ahead == nullptr ? reinterpret_cast<const char*>(b) : s.ahead;
-    for (int64_t p = 0; p < s.quads; ++p, b += kVectors * kLanes * kQuad) {
-        fetch_lines(ahead + p * kLinesAhead * kLine);
-        __m512i right[kVectors];
+struct VnniStrips {
+    using Strip = ByteStrip;
+
+    // In assembly, since GCC copies registers around the intrinsic, which costs half of the speed.
+    template <int kRows, int kVectors>
+    static void multiply(const Strip& s, const StripTarget& target) {
+        IntVec sum[kRows][kVectors] = {};
+        const int8_t* b = s.b;
+        // Where nothing is to be fetched, lines that are here already: a condition would cost more than they do.
+        const char* ahead = target.ahead == nullptr ? reinterpret_cast<const char*>(b) : target.ahead;
+        for (int64_t p = 0; p < s.steps; ++p, b += kVectors * kLanes * kQuad) {
+            fetch_lines(ahead + p * kLinesAhead * kLine);
+            __m512i right[kVectors];
 #pragma GCC unroll 8
-        for (int j = 0; j < kVectors; ++j) right[j] = _mm512_loadu_si512(b + j * kLanes * kQuad);
+            for (int j = 0; j < kVectors; ++j) right[j] = _mm512_loadu_si512(b + j * kLanes * kQuad);
 #pragma GCC unroll 8
-        for (int i = 0; i < kRows; ++i) {
-            int32_t quad;
-            std::memcpy(&quad, s.a + i * s.a_row + p * kQuad, sizeof(quad));
-            const __m512i left = _mm512_set1_epi32(quad);
+            for (int i = 0; i < kRows; ++i) {
+                int32_t quad;
+                std::memcpy(&quad, s.a + i * s.a_row + p * kQuad, sizeof(quad));
+                const __m512i left = _mm512_set1_epi32(quad);
 #pragma GCC unroll 8
-            for (int j = 0; j < kVectors; ++j)
-                asm("vpdpbusd %2, %1, %0" : "+v"(sum[i][j]) : "v"(left), "v"(right[j]));
+                for (int j = 0; j < kVectors; ++j)
+                    asm("vpdpbusd %2, %1, %0" : "+v"(sum[i][j]) : "v"(left), "v"(right[j]));
+            }
         }
+        finish_byte_strip(s, target, sum);
     }
-    finish_byte_strip<kRows, kVectors>(s, sum);
-}
+};
 #endif
 
 // sum[lane] += left[0] * right[lane][0] + ... + left[3] * right[lane][3], by way of 16 bits, which hold every factor.
@@ -175,116 +187,71 @@ BERT_FAST_INLINE void add_quads(uint32_t left, const IntVec& even, const IntVec&
 #endif
 }
 
-template <int kRows, int kVectors>
-void multiply_byte_strip(const ByteStrip& s) {
-    typedef int16_t ShortVec __attribute__((vector_size(sizeof(IntVec))));
-    IntVec sum[kRows][kVectors] = {};
-    const int8_t* b = s.b;
-    for (int64_t p = 0; p < s.quads; ++p, b += kVectors * kLanes * kQuad) {
-        IntVec even[kVectors];
-        IntVec odd[kVectors];
-        for (int j = 0; j < kVectors; ++j) {
-            ShortVec pairs;
-            std::memcpy(&pairs, b + j * kLanes * kQuad, sizeof(pairs));
-            even[j] = (IntVec)((pairs << 8) >> 8);
-            odd[j] = (IntVec)(pairs >> 8);
-        }
+struct ByteStrips {
+    using Strip = ByteStrip;
+
+    template <int kRows, int kVectors>
+    static void multiply(const Strip& s, const StripTarget& target) {
+        typedef int16_t ShortVec __attribute__((vector_size(sizeof(IntVec))));
+        IntVec sum[kRows][kVectors] = {};
+        const int8_t* b = s.b;
+        for (int64_t p = 0; p < s.steps; ++p, b += kVectors * kLanes * kQuad) {
+            IntVec even[kVectors];
+            IntVec odd[kVectors];
+            for (int j = 0; j < kVectors; ++j) {
+                ShortVec pairs;
+                std::memcpy(&pairs, b + j * kLanes * kQuad, sizeof(pairs));
+                even[j] = (IntVec)((pairs << 8) >> 8);
+                odd[j] = (IntVec)(pairs >> 8);
+            }
 #pragma GCC unroll 8
-        for (int i = 0; i < kRows; ++i) {
-            uint32_t quad;
-            std::memcpy(&quad, s.a + i * s.a_row + p * kQuad, sizeof(quad));
+            for (int i = 0; i < kRows; ++i) {
+                uint32_t quad;
+                std::memcpy(&quad, s.a + i * s.a_row + p * kQuad, sizeof(quad));
 #pragma GCC unroll 8
-            for (int j = 0; j < kVectors; ++j) add_quads(quad, even[j], odd[j], sum[i][j]);
+                for (int j = 0; j < kVectors; ++j) add_quads(quad, even[j], odd[j], sum[i][j]);
+            }
         }
+        finish_byte_strip(s, target, sum);
     }
-    finish_byte_strip<kRows, kVectors>(s, sum);
-}
+};
 
-using ByteStripKernel = void (*)(const ByteStrip&);
-using ByteStripKernels = std::array<std::array<ByteStripKernel, kTileRows>, kTileVectors>;
-
-template <int kVectors, int... kRows>
-void fill_byte_kernels([[maybe_unused]] bool has_vnni, std::array<ByteStripKernel, kTileRows>& kernels,
-                       std::integer_sequence<int, kRows...>) {
-    ((kernels[kRows] = multiply_byte_strip<kRows + 1, kVectors>), ...);
-#ifdef BERT_FAST_VNNI
-    if (has_vnni) ((kernels[kRows] = multiply_byte_strip_vnni<kRows + 1, kVectors>), ...);
-#endif
-}
-
-template <int... kVectors>
-ByteStripKernels byte_kernels(bool has_vnni, std::integer_sequence<int, kVectors...>) {
-    ByteStripKernels kernels{};
-    (fill_byte_kernels<kVectors + 1>(has_vnni, kernels[kVectors], std::make_integer_sequence<int, kTileRows>()), ...);
-    return kernels;
-}
-
-inline const ByteStripKernels& byte_strip_kernels() {
-#ifdef BERT_FAST_VNNI
-    static const bool has_vnni = __builtin_cpu_supports("avx512vnni");
-#else
-    static const bool has_vnni = false;
-#endif
-    static const ByteStripKernels kernels = byte_kernels(has_vnni, std::make_integer_sequence<int, kTileVectors>());
-    return kernels;
-}
-
-// As Product in gemm.inl; depth is a part of the whole in groups.
-struct ByteProduct {
+// A is (rows x depth), quantised; of B the `depth` rows from first_depth on, which begins a group.
+struct ByteFactors {
     const uint8_t* a;
     int64_t a_row;
     const float* a_scales;  // of the first group
     int64_t a_scale_row;
-    int64_t rows;
-    Quantised b;
-    int64_t panel_depth;
-    int64_t first_depth;  // a multiple of kGroup
+    const int8_t* panels;
+    int64_t panel_steps;
+    int64_t first_depth;
     int64_t depth;
-    int64_t columns;
-    const float* bias;
-    float* c;
-    int64_t c_row;
-    int64_t first_column;
-    bool accumulates;
-};
+    const float* b_scales;
+    const int32_t* offsets;
+    int64_t offset_row;
 
-template <typename Finish>
-void multiply_byte_panels(const ByteProduct& product, int64_t first_panel, int64_t last_panel, const Finish& finish) {
-    const ByteStripKernels& kernels = byte_strip_kernels();
-    const Strips strips(product.rows);
-    const int64_t padded = round_up(product.columns, kLanes);
-    const int64_t groups = num_groups(product.depth);
-    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-        const int64_t column = panel * kPanel;
-        const int vectors = panel_vectors(product.columns, panel);
-        const int64_t width = vectors * kLanes;
-        alignas(64) float bias[kPanel] = {};
-        if (product.bias != nullptr)
-            std::memcpy(bias, product.bias + column, std::min(width, product.columns - column) * sizeof(float));
-        for (int64_t group = 0; group < groups; ++group) {
-            const int64_t start = group * kGroup;
-            const int64_t whole_start = product.first_depth + start;
-            const bool is_last = group + 1 == groups;
-            const int8_t* b = product.b.weight + column * round_up(product.panel_depth, kQuad) + whole_start * width;
-            const int64_t quads = (std::min(kGroup, product.depth - start) + kQuad - 1) / kQuad;
-            const char* ahead = reinterpret_cast<const char*>(b + round_up(product.panel_depth, kQuad) * width);
-            const int64_t strip_bytes = quads * kLinesAhead * kLine;
-            for (int64_t strip = 0; strip < strips.count; ++strip) {
-                const int64_t row = strips.begin(strip);
-                const int64_t rows = strips.begin(strip + 1) - row;
-                float* c = product.c + row * product.c_row + column - product.first_column;
-                kernels[vectors - 1][rows - 1](
-                    {product.a + row * product.a_row + start, product.a_row, product.a_scales + row * product.a_scale_row + group,
-                     product.a_scale_row, b, quads, product.b.scales + column,
-                     product.b.offsets + whole_start / kGroup * padded + column,
-                     is_last && product.bias != nullptr ? bias : nullptr, c, product.c_row,
-                     product.accumulates || group > 0,
-                     panel + 1 < last_panel && strip * strip_bytes < quads * kQuad * width ? ahead + strip * strip_bytes
-                                                                                           : nullptr});
-                if (is_last) finish(c, product.c_row, rows, width);
-            }
-        }
+    const StripKernels<ByteStrips>& kernels() const {
+#ifdef BERT_FAST_VNNI
+        static const bool has_vnni = __builtin_cpu_supports("avx512vnni");
+        if (has_vnni) return kStripKernels<VnniStrips>;
+#endif
+        return kStripKernels<ByteStrips>;
     }
-}
+    int64_t num_parts() const { return num_groups(depth); }
+    int64_t first_step(int64_t part) const {
+        return (first_depth + std::min(depth, part * kGroup) + kQuad - 1) / kQuad;
+    }
+
+    ByteStrip strip(int64_t row, int64_t column, int64_t part, const char* b, int64_t steps) const {
+        return {a + row * a_row + part * kGroup,
+                a_row,
+                a_scales + row * a_scale_row + part,
+                a_scale_row,
+                reinterpret_cast<const int8_t*>(b),
+                steps,
+                b_scales + column,
+                offsets + (first_depth / kGroup + part) * offset_row + column};
+    }
+};
 
 }  // namespace bert_fast::cpu::BERT_FAST_ISA

@@ -73,11 +73,17 @@ struct Quantised {
     const int32_t* offsets;
 };
 
-// y = x W^T + b with the weight packed, in one of the two ways.
+// What the factors of a product may be rounded to.
+enum class Narrow { none, bfloat16, int8 };
+
+// y = x W^T + b with the weight packed, in one of three ways; the others are null.
 struct Linear {
-    const float* weight;  // null where the other is there
+    const float* weight;
+    const uint16_t* halves;  // bfloat16
     Quantised quantised;
     const float* bias;
+
+    bool is_narrow() const { return weight == nullptr; }
 };
 
 struct EncoderLayer {
@@ -95,7 +101,8 @@ struct EncoderShape {
     int64_t hidden_size;
     int64_t intermediate_size;
     Gelu gelu;
-    bool is_in_8_bits;  // all products, or nearly
+    Narrow narrow;           // what linear layers without a `weight` have
+    bool is_mostly_narrow;  // most of them
 };
 
 // Element (i, j) is data[i * row + j * column].
@@ -146,6 +153,11 @@ struct Kernels {
 
     // The weight (outputs, inputs) of a linear layer, in the order in which `encoder` reads it.
     void (*pack_weight)(const float* weight, int64_t outputs, int64_t inputs, float* packed, int threads);
+
+    // The same in bfloat16, packed_halves_size elements; `encoder` takes it where the machine has_bfloat16.
+    bool (*has_bfloat16)();
+    int64_t (*packed_halves_size)(int64_t outputs, int64_t inputs);
+    void (*pack_halves)(const float* weight, int64_t outputs, int64_t inputs, uint16_t* halves, int threads);
 
     // The same in 8 bits: quantised_size bytes; scales (padded_outputs); offsets (quantised_groups, padded_outputs).
     int64_t (*quantised_size)(int64_t outputs, int64_t inputs);

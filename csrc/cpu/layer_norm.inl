@@ -15,11 +15,9 @@ BERT_FAST_INLINE float sum_of_row(int64_t width, const Term& term, const TermAt&
         for (int j = 0; j < kPartialSums; ++j) sums[j] += term(i + j * kLanes);
     for (; i + kLanes <= width; i += kLanes) sums[0] += term(i);
     const Vec all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    float sum = 0.0f;
-    for (int lane = 0; lane < kLanes; ++lane) sum += all[lane];
     float rest = 0.0f;
     for (; i < width; ++i) rest += term_at(i);
-    return sum + rest;
+    return sum_of_lanes(all) + rest;
 }
 
 // In place.
@@ -87,56 +85,106 @@ void layer_norm(int64_t rows, int64_t width, const float* x, const float* residu
     }
 }
 
+// Some rows of the backward pass, and what it reads and writes for them.
+struct LayerNormRows {
+    int64_t width;
+    const float* grad_y;
+    const float* x;
+    const float* residual;  // or null
+    const float* weight;
+    const float* mean;
+    const float* rstd;
+    float* grad_x;
+
+    LayerNormRows from_row(int64_t row) const {
+        const int64_t offset = row * width;
+        return {width,       grad_y + offset, x + offset, residual == nullptr ? nullptr : residual + offset, weight,
+                mean + row, rstd + row,      grad_x + offset};
+    }
+};
+
+constexpr int kGradRows = 4;  // that share a load and a store of the columns' sums
+
 // dx = rstd * (g - mean(g) - x_hat * mean(g * x_hat)) with g = weight * dy; also adds dy * x_hat and dy to the sums.
-inline void layer_norm_grad_row(int64_t width, const float* grad_y, const float* x, const float* residual,
-                                const float* weight, float mean, float rstd, float* normalised, float* grad_x,
-                                float* weight_sum, float* bias_sum) {
-    float sum_g = 0.0f;
-    float sum_g_normalised = 0.0f;
-    if (residual == nullptr) {
-#pragma omp simd
-        for (int64_t i = 0; i < width; ++i) normalised[i] = (x[i] - mean) * rstd;
-    } else {
-#pragma omp simd
-        for (int64_t i = 0; i < width; ++i) normalised[i] = (x[i] + residual[i] - mean) * rstd;
+// normalised holds kRows rows.
+template <int kRows>
+void layer_norm_grad_rows(const LayerNormRows& rows, float* normalised, float* weight_sum, float* bias_sum) {
+    const int64_t width = rows.width;
+    Vec sum_g[kRows] = {};
+    Vec sum_g_normalised[kRows] = {};
+    const auto add_columns = [&](int64_t i, const auto& get, const auto& put) BERT_FAST_LAMBDA {
+        Vec weight;
+        Vec weight_part{};
+        Vec bias_part{};
+        get(rows.weight + i, weight);
+        for (int row = 0; row < kRows; ++row) {
+            const int64_t at = row * width + i;
+            Vec value;
+            Vec grad;
+            get(rows.x + at, value);
+            get(rows.grad_y + at, grad);
+            if (rows.residual != nullptr) {
+                Vec residual;
+                get(rows.residual + at, residual);
+                value += residual;
+            }
+            value = (value - rows.mean[row]) * rows.rstd[row];
+            put(value, normalised + at);
+            const Vec g = grad * weight;
+            sum_g[row] += g;
+            sum_g_normalised[row] += g * value;
+            weight_part += grad * value;
+            bias_part += grad;
+        }
+        Vec before;
+        get(weight_sum + i, before);
+        put(before + weight_part, weight_sum + i);
+        get(bias_sum + i, before);
+        put(before + bias_part, bias_sum + i);
+    };
+    by_vectors(width, add_columns);
+    for (int row = 0; row < kRows; ++row) {
+        const float mean_g = sum_of_lanes(sum_g[row]) / static_cast<float>(width);
+        const float mean_g_normalised = sum_of_lanes(sum_g_normalised[row]) / static_cast<float>(width);
+        const float rstd = rows.rstd[row];
+        by_vectors(width, [&](int64_t i, const auto& get, const auto& put) BERT_FAST_LAMBDA {
+            const int64_t at = row * width + i;
+            Vec weight;
+            Vec grad;
+            Vec value;
+            get(rows.weight + i, weight);
+            get(rows.grad_y + at, grad);
+            get(normalised + at, value);
+            put(rstd * (grad * weight - mean_g - value * mean_g_normalised), rows.grad_x + at);
+        });
     }
-#pragma omp simd reduction(+ : sum_g, sum_g_normalised)
-    for (int64_t i = 0; i < width; ++i) {
-        const float g = grad_y[i] * weight[i];
-        sum_g += g;
-        sum_g_normalised += g * normalised[i];
-        weight_sum[i] += grad_y[i] * normalised[i];
-        bias_sum[i] += grad_y[i];
-    }
-    const float mean_g = sum_g / static_cast<float>(width);
-    const float mean_g_normalised = sum_g_normalised / static_cast<float>(width);
-#pragma omp simd
-    for (int64_t i = 0; i < width; ++i)
-        grad_x[i] = rstd * (grad_y[i] * weight[i] - mean_g - normalised[i] * mean_g_normalised);
 }
 
 void layer_norm_backward(int64_t rows, int64_t width, const float* grad_y, const float* x, const float* residual,
                              const float* weight, const float* mean, const float* rstd, float* grad_x,
                              float* grad_weight, float* grad_bias, int threads) {
     threads = useful_threads(threads, rows * width);
+    const LayerNormRows all{width, grad_y, x, residual, weight, mean, rstd, grad_x};
     const Chunks chunks(rows);
     ColumnSums weight_sums(chunks.count, width);
     ColumnSums bias_sums(chunks.count, width);
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
     for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
-        std::vector<float> normalised(width);
-        std::vector<float> weight_block(width, 0.0f);
-        std::vector<float> bias_block(width, 0.0f);
-        for (int64_t row = chunks.begin(chunk), stop = chunks.begin(chunk + 1); row < stop; ++row) {
-            layer_norm_grad_row(width, grad_y + row * width, x + row * width,
-                                residual == nullptr ? nullptr : residual + row * width, weight, mean[row], rstd[row],
-                                normalised.data(), grad_x + row * width, weight_block.data(), bias_block.data());
-            if ((row + 1 - chunks.begin(chunk)) % kRowsPerBlock == 0 || row + 1 == stop) {
-                weight_sums.add(chunk, weight_block.data());
-                bias_sums.add(chunk, bias_block.data());
-                std::fill(weight_block.begin(), weight_block.end(), 0.0f);
-                std::fill(bias_block.begin(), bias_block.end(), 0.0f);
-            }
+        std::vector<float> normalised(kGradRows * width);
+        std::vector<float> weight_block(width);
+        std::vector<float> bias_block(width);
+        const int64_t stop = chunks.begin(chunk + 1);
+        for (int64_t first = chunks.begin(chunk); first < stop; first += kRowsPerBlock) {
+            const int64_t last = std::min(first + kRowsPerBlock, stop);
+            std::fill(weight_block.begin(), weight_block.end(), 0.0f);
+            std::fill(bias_block.begin(), bias_block.end(), 0.0f);
+            int64_t row = first;
+            for (; row + kGradRows <= last; row += kGradRows)
+                layer_norm_grad_rows<kGradRows>(all.from_row(row), normalised.data(), weight_block.data(), bias_block.data());
+            for (; row < last; ++row)
+                layer_norm_grad_rows<1>(all.from_row(row), normalised.data(), weight_block.data(), bias_block.data());
+            weight_sums.add(chunk, weight_block.data());
+            bias_sums.add(chunk, bias_block.data());
         }
     }
     weight_sums.finish(grad_weight);
