@@ -142,7 +142,7 @@ def _tensors(layer: EncoderLayerParts, number: int) -> list[Tensor]:
             tensor = module._parameters.get(name)
             if tensor is None or not _is_ordinary(tensor):
                 raise Refused(
-                    f"layer {number}: the {name} of a {type(module).__name__} is not dense, on a CPU and in 32 or 16 bits"
+                    f"layer {number}: the {name} of a {type(module).__name__} is not dense, on the CPU, in 32 or 16 bits"
                 )
             result.append(tensor)
     return result
