@@ -141,9 +141,8 @@ def _tensors(layer: EncoderLayerParts, number: int) -> list[Tensor]:
         for name in ("weight", "bias"):
             tensor = module._parameters.get(name)
             if tensor is None or not _is_ordinary(tensor):
-                raise Refused(
-                    f"layer {number}: the {name} of a {type(module).__name__} is not dense, on the CPU, in 32 or 16 bits"
-                )
+                kind = type(module).__name__
+                raise Refused(f"layer {number}: the {name} of a {kind} is not dense, in 32 or 16 bits and on the CPU")
             result.append(tensor)
     return result
 

@@ -612,7 +612,7 @@ def part_of_report(model: Any) -> tuple[str, str]:
         (lambda model: model.train(), "dropout is on"),
         (lambda model: model.double(), "float64 on the CPU: the C++ kernels take float32"),
         (lambda model: part("output.dense")(model).register_forward_hook(print), "Linear has hooks"),
-        (without_bias, "layer 1: the bias of a Linear is not dense, on the CPU, in 32 or 16 bits"),
+        (without_bias, "layer 1: the bias of a Linear is not dense, in 32 or 16 bits and on the CPU"),
         (parametrised, "layer 1 has a ParametrizedLinear that is hooked or not torch's own"),
         (pruned, "the layers are of several shapes"),
         (lambda model: setattr(part("intermediate")(model), "intermediate_act_fn", nn.ReLU()), "not GELU"),
