@@ -9,9 +9,10 @@ OUT ?= build/gpu
 MINUTES ?= 8.5
 TRITON ?= 3.6.0
 ISAS ?= portable avx2 avx512
+TARGETS ?= aarch64-linux-gnu aarch64-macos x86_64-linux-gnu
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
-.PHONY: demo test kernels sanitize bench bench-cpu gpu gpu-dry lint clean
+.PHONY: demo test kernels sanitize cross bench bench-cpu gpu gpu-dry lint clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/bert-fast demo
@@ -36,8 +37,18 @@ sanitize: $(VENV)/test.stamp
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		$(BIN)/pytest -q -p no:cacheprovider --capture=sys -o pythonpath=build/sanitized/lib \
 		-m "not gpu" -k "not triton-cpu and not torch-cpu and not (layer_norm and at_most_twice_torchs)" \
-		$(patsubst %,tests/test_%.py,attention layer_norm gelu linear masking engine int8) || exit 1; \
+		$(patsubst %,tests/test_%.py,attention layer_norm gelu linear masking engine int8 bfloat16) || exit 1; \
 	done
+
+# Compiles the C++ module with Clang for other machines: NEON on Linux and macOS, and x86-64 besides GCC's.
+cross: $(VENV)/test.stamp
+	$(PIP) ziglang pybind11
+	mkdir -p build/cross
+	for target in $(TARGETS); do for source in $(wildcard csrc/*.cpp csrc/cpu/*.cpp); do \
+		echo "$$target $$source"; \
+		$(BIN)/python -m ziglang c++ -target $$target -std=c++17 -O3 -fno-math-errno -fno-trapping-math -fopenmp-simd \
+		-Wall -Wextra -Werror -fPIC $$($(BIN)/python -m pybind11 --includes) -c $$source -o build/cross/module.o || exit 1; \
+	done; done
 
 # Measures on this machine; RESULTS=... keeps the figures elsewhere.
 bench: $(VENV)/test.stamp

@@ -36,6 +36,7 @@ NEEDS = {
     "ONNX Runtime": ("onnx", "onnxruntime"),
     "ONNX Runtime int8": ("onnx", "onnxruntime"),
     "OpenVINO": ("onnx", "openvino"),
+    "OpenVINO bf16": ("onnx", "openvino"),
     "OpenVINO int8": ("onnx", "openvino", "nncf"),
     "CTranslate2": ("ctranslate2",),
     "CTranslate2 int8": ("ctranslate2",),
@@ -169,7 +170,7 @@ def test_wrong_states_are_found(value: float) -> None:
     batch, expected = batch_of(3, 1), torch.randn(2, 3, 5)
     found = expected.clone()
     found[1, 0, 2] = value + 2 * found[1].abs().max()
-    fp32, int8 = Entry(OURS), Entry(OURS_INT8, is_int8=True)
+    fp32, int8 = Entry(OURS), Entry(OURS_INT8, "int8")
     verify(fp32, [expected, found], [expected, expected], [batch, batch])
     verify(int8, [-found], [expected], [batch])
     assert fp32.reason is not None
@@ -184,7 +185,7 @@ def test_wrong_states_are_found(value: float) -> None:
 
 
 def test_ours_in_int8_may_be_missing() -> None:
-    record = Record("row", "MiniLM", entries=[Entry(OURS), Entry(OURS_INT8, True, reason="TypeError: int8")])
+    record = Record("row", "MiniLM", entries=[Entry(OURS), Entry(OURS_INT8, "int8", reason="TypeError: int8")])
     judge(record)
     assert record.problem is None
 
@@ -262,12 +263,13 @@ def test_floor_runs_the_layers_products(make: Any, monkeypatch: pytest.MonkeyPat
 
 
 def test_ratios_are_the_peers_times_over_ours() -> None:
-    entries = [Entry(OURS, seconds=2.0), Entry(OURS_INT8, True, 1.0), Entry("a", seconds=6.0), Entry("b", True, 3.0)]
-    record = Record("MiniLM: full 128", "MiniLM", 7, [*entries, Entry("c", reason="no"), Entry(FLOOR, seconds=1.0)])
+    entries = [Entry(OURS, seconds=2.0), Entry(OURS_INT8, "int8", 1.0), Entry("a", seconds=6.0)]
+    entries += [Entry("b", "int8", 3.0), Entry("c", reason="no"), Entry("d", "bf16", 4.0), Entry(FLOOR, seconds=1.0)]
+    record = Record("MiniLM: full 128", "MiniLM", 7, entries)
     record.set_ratios()
-    assert [entry.ratio for entry in record.entries] == [1.0, 0.5, 3.0, 1.5, None, 0.5]
-    assert [entry.ratio_int8 for entry in record.entries] == [2.0, 1.0, 6.0, 3.0, None, 1.0]
-    assert (record.best(False), record.best(True)) == ("a", "b")
+    assert [entry.ratio for entry in record.entries] == [1.0, 0.5, 3.0, 1.5, None, 2.0, 0.5]
+    assert [entry.ratio_same for entry in record.entries] == [1.0, 1.0, 3.0, 3.0, None, None, 0.5]
+    assert [record.best(precision) for precision in ("fp32", "bf16", "int8")] == ["a", "d", "b"]
     assert record.to_dict()["ours_over_floor"] == {FLOOR: 2.0}
     run = {"threads": 2, "rows": [record.to_dict()], "problem": None, "not_run": ["MiniLM: grid"]}
     result = {"runs": [run], "dry": False, "versions": {"torch": "2"}, "commit": "abc", "minutes": 1.0}

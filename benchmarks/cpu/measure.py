@@ -12,17 +12,17 @@ from torch import Tensor
 
 from ..calls import Batch, floor, prepacked
 from .peers import BY_NAME, PEERS, SDPA, Engine, Place
-from .report import FLOOR, OURS, OURS_INT8, PREPACKED, Entry, Record
+from .report import FLOOR, OURS, OURS_BF16, OURS_INT8, PREPACKED, Entry, Precision, Record
 
-# The largest absolute difference that float32 may show, and the smallest cosine of int8.
+# The largest absolute difference that float32 may show, and the smallest cosines of what is rounded.
 MAX_DIFFERENCE = 1e-4
-MIN_COSINE = 0.98
+MIN_COSINES: dict[Precision, float] = {"bf16": 0.999, "int8": 0.98}
 
 MIN_ROUNDS = 7
 MAX_ROUNDS = 30
 SECONDS = 2.0  # fast rows have more rounds than they must, for so long
 TURN = 0.05  # seconds; a call that takes less is repeated within its turn
-PAUSE = 0.02  # seconds after which the threads of the one before have stopped to spin
+PAUSE = 0.25  # seconds after which the threads of the one before have stopped to spin; Intel's OpenMP does so for 0.2
 
 
 @dataclass
@@ -74,7 +74,7 @@ def verify(entry: Entry, found: Sequence[Tensor], expected: Sequence[Tensor], ba
     """Puts the largest difference and the smallest cosine into the entry; a NaN is infinite, or -1.
 
     Args:
-        entry: receives them, with a reason where float32 is out of bounds and a note where int8 is.
+        entry: receives them, with a reason where float32 is out of bounds and a note where less is.
         found, expected: hidden states of each batch; places that are padding do not count.
         batches: have the masks.
     """
@@ -85,9 +85,10 @@ def verify(entry: Entry, found: Sequence[Tensor], expected: Sequence[Tensor], ba
         means = (pooled(ours, batch).double(), pooled(theirs, batch).double())
         cosines.append(float(torch.cosine_similarity(means[0], means[1]).nan_to_num(-1.0).min()))
     entry.difference, entry.cosine = max(differences), min(cosines)
-    if entry.is_int8 and entry.cosine < MIN_COSINE:
-        entry.note = f"smallest cosine {entry.cosine:.3f}, below {MIN_COSINE}"
-    if not entry.is_int8 and not entry.difference <= MAX_DIFFERENCE:
+    bound = MIN_COSINES.get(entry.precision)
+    if bound is not None and entry.cosine < bound:
+        entry.note = f"smallest cosine {entry.cosine:.4f}, below {bound}"
+    if bound is None and not entry.difference <= MAX_DIFFERENCE:
         entry.reason = f"wrong: differs by {entry.difference:.1e}, above {MAX_DIFFERENCE:.0e}"
 
 
@@ -109,7 +110,7 @@ def measure(bench: Bench, record: Record, batches: Sequence[Batch], min_rounds: 
     expected = reference.states(batches)
     calls: dict[str, Callable[[], object]] = {}
     for peer in PEERS:
-        entry = Entry(peer.name, peer.is_int8)
+        entry = Entry(peer.name, peer.precision)
         record.entries.append(entry)
         engine = bench.place.engine(peer)
         if engine is None:
@@ -149,9 +150,12 @@ def _start(
 
 
 def judge(record: Record) -> None:
-    """Says in the record what is wrong with ours. int8 may be missing, but not wrong."""
-    ours, int8 = record.entry(OURS), record.entry(OURS_INT8)
+    """Says in the record what is wrong with ours. bf16 and int8 may be missing, but not wrong."""
+    ours = record.entry(OURS)
     if ours is not None and ours.reason is not None:
         record.problem = f"{OURS}: {ours.reason}"
-    elif int8 is not None and int8.note is not None:
-        record.problem = f"{OURS_INT8}: {int8.note}"
+        return
+    for name in (OURS_BF16, OURS_INT8):
+        entry = record.entry(name)
+        if entry is not None and entry.note is not None:
+            record.problem = f"{name}: {entry.note}"

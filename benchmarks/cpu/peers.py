@@ -21,7 +21,7 @@ from bert_fast.cli import models
 from ..calls import Batch
 from ..workloads import ragged_lengths, token_batches
 from .convert import CPU, MINILM, REPORT
-from .report import OURS, OURS_INT8
+from .report import OURS, OURS_BF16, OURS_INT8, Precision
 
 SDPA = "transformers SDPA"
 MAX_TEXTS = 32
@@ -147,7 +147,7 @@ class Peer(NamedTuple):
 
     name: str
     make: Callable[[Place], Engine]
-    is_int8: bool = False
+    precision: Precision = "fp32"
     only: str | None = None
 
 
@@ -160,7 +160,7 @@ class Torch(Engine):
 
     def hidden(self, output: Any) -> Tensor:
         hidden: Tensor = output[0]
-        return hidden
+        return hidden.float()
 
 
 def compiled(place: Place) -> Engine:
@@ -176,9 +176,12 @@ def ours(place: Place) -> Engine:
     return Torch(bert_fast.swap(place.load()))
 
 
-def ours_int8(place: Place) -> Engine:
-    swap: Any = bert_fast.swap
-    return Torch(swap(place.load(), int8=True))
+def ours_in_bf16(place: Place) -> Engine:
+    from bert_fast import _C
+
+    if not _C.has_bfloat16():
+        raise RuntimeError("this machine has no instruction for bfloat16, where products stay in fp32")
+    return Torch(bert_fast.swap(place.load(), bf16=True))
 
 
 class OnnxRuntime(Engine):
@@ -215,11 +218,11 @@ def onnx_runtime(place: Place, suffix: str = "") -> Engine:
 
 
 class OpenVino(Engine):
-    def __init__(self, path: Path, threads: int) -> None:
+    def __init__(self, path: Path, threads: int, precision: str = "f32") -> None:
         import openvino
 
         options = {
-            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_PRECISION_HINT": precision,
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": 1,
             "PERFORMANCE_HINT": "LATENCY",
@@ -237,9 +240,9 @@ class OpenVino(Engine):
         return torch.from_numpy(output[0].copy())
 
 
-def openvino(place: Place) -> Engine:
+def openvino(place: Place, precision: str = "f32") -> Engine:
     place.converted("plain.onnx")
-    return OpenVino(place.folder / "plain.onnx", place.threads)
+    return OpenVino(place.folder / "plain.onnx", place.threads, precision)
 
 
 def openvino_int8(place: Place) -> Engine:
@@ -314,15 +317,18 @@ class SentenceTransformers(Engine):
 # Ours first; transformers is the reference.
 PEERS = (
     Peer(OURS, ours),
-    Peer(OURS_INT8, ours_int8, is_int8=True),
+    Peer(OURS_BF16, ours_in_bf16, "bf16"),
+    Peer(OURS_INT8, lambda place: Torch(bert_fast.swap(place.load(), int8=True)), "int8"),
     Peer(SDPA, lambda place: Torch(place.load())),
     Peer("torch.compile", compiled),
     Peer("ONNX Runtime", onnx_runtime),
     Peer("OpenVINO", openvino),
     Peer("CTranslate2", lambda place: CTranslate2(place, "float32")),
     Peer("sentence-transformers", SentenceTransformers, only=MINILM),
-    Peer("ONNX Runtime int8", lambda place: onnx_runtime(place, "-int8"), is_int8=True),
-    Peer("OpenVINO int8", openvino_int8, is_int8=True),
-    Peer("CTranslate2 int8", lambda place: CTranslate2(place, "int8"), is_int8=True),
+    Peer("transformers bf16", lambda place: Torch(place.load().bfloat16()), "bf16"),
+    Peer("OpenVINO bf16", lambda place: openvino(place, "bf16"), "bf16"),
+    Peer("ONNX Runtime int8", lambda place: onnx_runtime(place, "-int8"), "int8"),
+    Peer("OpenVINO int8", openvino_int8, "int8"),
+    Peer("CTranslate2 int8", lambda place: CTranslate2(place, "int8"), "int8"),
 )
 BY_NAME = {peer.name: peer for peer in PEERS}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -13,9 +13,13 @@ from rich.table import Table
 from ..table import duration
 
 OURS = "bert_fast"
+OURS_BF16 = "bert_fast bf16"
 OURS_INT8 = "bert_fast int8"
 FLOOR = "floor: torch's matrix products"
 PREPACKED = "floor: oneDNN's, weights prepacked"
+
+Precision = Literal["fp32", "bf16", "int8"]
+PRECISIONS: dict[Precision, str] = {"fp32": OURS, "bf16": OURS_BF16, "int8": OURS_INT8}  # ours in each
 
 HEADINGS = {
     "sentence-transformers": "sentence- transformers",
@@ -33,8 +37,9 @@ class Entry:
     """One contender of a row.
 
     Attributes:
+        precision: of its products.
         seconds: median of one pass over the workload; None where it was not timed.
-        ratio, ratio_int8: its time over ours, and over ours in int8.
+        ratio, ratio_same: its time over ours in fp32, and over ours in its own precision.
         difference: largest absolute difference of a real token's hidden state to transformers'; for vectors alone,
             of a mean-pooled vector.
         cosine: smallest cosine of a text's mean-pooled vector to transformers'.
@@ -44,10 +49,10 @@ class Entry:
     """
 
     name: str
-    is_int8: bool = False
+    precision: Precision = "fp32"
     seconds: float | None = None
     ratio: float | None = None
-    ratio_int8: float | None = None
+    ratio_same: float | None = None
     difference: float | None = None
     cosine: float | None = None
     first_seconds: float | None = None
@@ -83,26 +88,29 @@ class Record:
         return next((entry for entry in self.entries if entry.name == name), None)
 
     def set_ratios(self) -> None:
-        ours, int8 = self.entry(OURS), self.entry(OURS_INT8)
         for entry in self.entries:
             if entry.seconds is not None:
-                entry.ratio = entry.seconds / ours.seconds if ours and ours.seconds else None
-                entry.ratio_int8 = entry.seconds / int8.seconds if int8 and int8.seconds else None
+                entry.ratio = self._over(entry.seconds, OURS)
+                entry.ratio_same = self._over(entry.seconds, PRECISIONS[entry.precision])
 
-    def best(self, is_int8: bool) -> str | None:
+    def _over(self, seconds: float, name: str) -> float | None:
+        entry = self.entry(name)
+        return seconds / entry.seconds if entry is not None and entry.seconds else None
+
+    def best(self, precision: Precision) -> str | None:
         """The fastest peer of that precision."""
         peers = [
             entry
             for entry in self.entries
             if entry.seconds is not None
-            and entry.is_int8 is is_int8
+            and entry.precision == precision
             and not (entry.name.startswith(OURS) or is_floor(entry.name))
         ]
         return min(peers, key=lambda entry: entry.seconds or 0.0).name if peers else None
 
     def to_dict(self) -> dict[str, Any]:
         floors = {entry.name: 1 / entry.ratio for entry in self.entries if is_floor(entry.name) and entry.ratio}
-        best = {"best_fp32_peer": self.best(False), "best_int8_peer": self.best(True)}
+        best = {f"best_{precision}_peer": self.best(precision) for precision in PRECISIONS}
         return {**asdict(self), **best, "ours_over_floor": floors}
 
 
@@ -133,7 +141,7 @@ def _show_times(title: str, rows: Sequence[dict[str, Any]], console: Console) ->
     if not rows:
         return
     names = dict.fromkeys(entry["name"] for row in rows for entry in row["entries"])
-    title += ": medians, interleaved; x = its time over ours (over ours in int8)"
+    title += ": medians, interleaved; x = its time over ours (over ours in its precision)"
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
     table.add_column()
     for name in names:
@@ -152,8 +160,8 @@ def _cell(entry: dict[str, Any] | None) -> str:
     if is_floor(entry["name"]):
         return f"{1 / entry['ratio']:.2f}x"
     shown = f"{entry['ratio']:.2f}x"
-    if entry["is_int8"] and entry["ratio_int8"] is not None and entry["name"] != OURS_INT8:
-        shown += f" ({entry['ratio_int8']:.2f}x)"
+    if entry["name"] not in PRECISIONS.values() and entry["precision"] != "fp32" and entry["ratio_same"] is not None:
+        shown += f" ({entry['ratio_same']:.2f}x)"
     return shown + ("*" if entry["note"] else "")
 
 

@@ -114,9 +114,9 @@ def accuracy(bench: Bench, record: Record, path: Path | None) -> None:
     ]
     record.facts = {"pairs": len(pairs), "useful_tokens": sum(int(b["attention_mask"].sum()) for b in batches)}
     for peer in PEERS:
-        if not (peer.is_int8 or peer.name in (OURS, SDPA)):
+        if peer.precision == "fp32" and peer.name not in (OURS, SDPA):
             continue
-        entry = Entry(peer.name, peer.is_int8)
+        entry = Entry(peer.name, peer.precision)
         record.entries.append(entry)
         if (engine := bench.place.engine(peer)) is None:
             entry.reason = bench.place.reasons[peer.name]
