@@ -465,9 +465,20 @@ def test_kernels_of_every_instruction_set(name: str) -> None:
         pytest.skip(f"{name} runs in this process")
     assert instruction_set(name) == name
     tests = [str(ROOT / "tests" / f"test_{op}.py") for op in ("attention", "layer_norm", "gelu", "engine", "int8")]
+    run_tests(WIDE_TESTS, tests, BERT_FAST_ISA=name)
+
+
+@pytest.mark.parametrize("name", ["avx2", "avx512"])
+def test_int8_without_vnni(name: str) -> None:
+    assert instruction_set(name) == name
+    run_tests("int8_twin or int8_exact", [str(ROOT / "tests/test_int8.py")], BERT_FAST_ISA=name, BERT_FAST_VNNI="off")
+
+
+def run_tests(wanted: str, files: list[str], **environment: str) -> None:
+    """In a process of its own."""
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", WIDE_TESTS, *tests],
-        env={**os.environ, "BERT_FAST_ISA": name}, cwd=ROOT, capture_output=True, text=True, check=False,
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", wanted, *files],
+        env={**os.environ, **environment}, cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-4000:]
     assert " passed" in result.stdout

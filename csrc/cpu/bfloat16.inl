@@ -11,7 +11,7 @@ constexpr int64_t kPair = 2;
 
 bool has_bfloat16() {
 #ifdef BERT_FAST_BFLOAT16
-    static const bool result = __builtin_cpu_supports("avx512bf16");
+    static const bool result = has_instructions(kAvx512Bfloat16);
     return result;
 #else
     return false;

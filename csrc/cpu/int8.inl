@@ -135,13 +135,25 @@ BERT_FAST_INLINE void finish_byte_strip(const ByteStrip& s, const StripTarget& t
     });
 }
 
+// In assembly, since GCC copies registers around the intrinsic, which costs half of the speed.
 #if defined(__x86_64__) && BERT_FAST_LANES == 16
 #define BERT_FAST_VNNI 1
+inline bool has_vnni() { return __builtin_cpu_supports("avx512vnni"); }
+BERT_FAST_INLINE void add_quads_vnni(const IntVec& left, const IntVec& right, IntVec& sum) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(left), "v"(right));
+}
+#elif defined(__x86_64__) && BERT_FAST_LANES == 8
+#define BERT_FAST_VNNI 1
+inline bool has_vnni() { return has_instructions(kAvxVnni); }
+BERT_FAST_INLINE void add_quads_vnni(const IntVec& left, const IntVec& right, IntVec& sum) {
+    asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(left), "x"(right));
+}
+#endif
 
+#ifdef BERT_FAST_VNNI
 struct VnniStrips {
     using Strip = ByteStrip;
 
-    // In assembly, since GCC copies registers around the intrinsic, which costs half of the speed.
     template <int kRows, int kVectors>
     static void multiply(const Strip& s, const StripTarget& target) {
         IntVec sum[kRows][kVectors] = {};
@@ -150,17 +162,16 @@ struct VnniStrips {
         const char* ahead = target.ahead == nullptr ? reinterpret_cast<const char*>(b) : target.ahead;
         for (int64_t p = 0; p < s.steps; ++p, b += kVectors * kLanes * kQuad) {
             fetch_lines(ahead + p * kLinesAhead * kLine);
-            __m512i right[kVectors];
+            IntVec right[kVectors];
 #pragma GCC unroll 8
-            for (int j = 0; j < kVectors; ++j) right[j] = _mm512_loadu_si512(b + j * kLanes * kQuad);
+            for (int j = 0; j < kVectors; ++j) std::memcpy(&right[j], b + j * kLanes * kQuad, sizeof(IntVec));
 #pragma GCC unroll 8
             for (int i = 0; i < kRows; ++i) {
                 int32_t quad;
                 std::memcpy(&quad, s.a + i * s.a_row + p * kQuad, sizeof(quad));
-                const __m512i left = _mm512_set1_epi32(quad);
+                const IntVec left = IntVec{} + quad;
 #pragma GCC unroll 8
-                for (int j = 0; j < kVectors; ++j)
-                    asm("vpdpbusd %2, %1, %0" : "+v"(sum[i][j]) : "v"(left), "v"(right[j]));
+                for (int j = 0; j < kVectors; ++j) add_quads_vnni(left, right[j], sum[i][j]);
             }
         }
         finish_byte_strip(s, target, sum);
@@ -232,8 +243,8 @@ struct ByteFactors {
 
     const StripKernels<ByteStrips>& kernels() const {
 #ifdef BERT_FAST_VNNI
-        static const bool has_vnni = __builtin_cpu_supports("avx512vnni");
-        if (has_vnni) return kStripKernels<VnniStrips>;
+        static const bool is_there = has_vnni() && !is_off("BERT_FAST_VNNI");
+        if (is_there) return kStripKernels<VnniStrips>;
 #endif
         return kStripKernels<ByteStrips>;
     }
