@@ -3,8 +3,9 @@
 A weight is packed when it is first used, and again when it has changed: when its parameter holds other memory, when
 autograd's version counter has moved (optimizers, load_state_dict, any operation in place), or when one of a few of its
 elements differs, which is how most writes behind autograd's back (`weight.data.mul_(2)`) show. One that changes none of
-these, such as `weight.data[3, 5] = 0`, goes unseen: `forget` is for that. Biases and LayerNorm parameters of a float32
-model are read where they are; those of a model in 16 bits are copied, and watched as the weights are.
+these, such as `weight.data[3, 5] = 0`, goes unseen: `forget` is for that. So may a small step by way of `data` in 16
+bits, where few elements change at all. Biases and LayerNorm parameters of a float32 model are read where they are;
+those of a model in 16 bits are copied, and watched as the weights are.
 
 Everything but the factors of products is float32, whatever the model's dtype.
 """

@@ -284,7 +284,8 @@ def embed(parts: EmbeddingParts, batch: PackedBatch, inputs_embeds: Tensor | Non
     if inputs_embeds is None and rate is not None and is_plain_norm(parts.norm) and all(map(_is_plain_table, tables)):
         word, position, token_type = (cast("nn.Embedding", table) for table in tables)
         assert batch.ids is not None
-        if word.weight.device.type == "cpu" or has_kernel("embedding", word.weight):
+        has_one_dtype = word.weight.dtype == position.weight.dtype == token_type.weight.dtype == parts.norm.weight.dtype
+        if has_one_dtype and (word.weight.device.type == "cpu" or has_kernel("embedding", word.weight)):
             return functional.embedding(
                 word.weight, position.weight, token_type.weight, batch.ids, batch.positions, batch.token_types,
                 parts.norm.weight, parts.norm.bias, parts.norm.eps, padding_idx=word.padding_idx, dropout_p=rate,

@@ -483,8 +483,8 @@ cpu::Narrow narrow_kind(const std::string& name) {
     if (name == "float32") return cpu::Narrow::none;
     if (name == "int8") return cpu::Narrow::int8;
     if (name == "bfloat16" && cpu::kernels().has_bfloat16()) return cpu::Narrow::bfloat16;
-    fail("products is \"" + name + "\"; \"float32\", \"int8\"" +
-         (cpu::kernels().has_bfloat16() ? " or \"bfloat16\" are" : " are") + " allowed here");
+    fail("products is \"" + name + "\"; " + (cpu::kernels().has_bfloat16() ? "\"bfloat16\", " : "") +
+         "\"float32\" or \"int8\" is allowed here");
 }
 
 Encoder make_encoder(int64_t hidden_size, int64_t num_heads, int64_t intermediate_size, const std::string& approximate,

@@ -443,6 +443,12 @@ def test_int8_unknown_names(names: Any, message: str) -> None:
     assert bert_fast.report(model).encoders == ()
 
 
+def test_int8_exact_needs_int8() -> None:
+    for options in ({}, {"bf16": True}):
+        with pytest.raises(ValueError, match=r"int8_exact is \['encoder'\], but int8 is not True"):
+            bert_fast.swap(build(), int8_exact=["encoder"], **options)
+
+
 def test_int8_names_in_a_head() -> None:
     model = theirs("BertForTokenClassification")
     with pytest.raises(ValueError, match=r"int8_exact names 'classifier'.*the encoders are 'bert'"):

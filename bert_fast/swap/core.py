@@ -201,8 +201,7 @@ def swap(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}; a torch.nn.Module is needed")
-    if int8 and bf16:
-        raise ValueError("int8 and bf16 are both True; at most one is allowed")
+    _check_options(int8, int8_exact, bf16)
     if is_off():
         warnings.warn("BERT_FAST=off is set: bert_fast.swap leaves the model as it is", stacklevel=2)
         return model
@@ -221,6 +220,13 @@ def swap(
         elif not cuda_graphs:
             encoder.__dict__.pop("bert_fast_graphs", None)
     return model
+
+
+def _check_options(int8: bool, int8_exact: Sequence[str], bf16: bool) -> None:
+    if int8 and bf16:
+        raise ValueError("int8 and bf16 are both True; at most one is allowed")
+    if int8_exact and not int8:
+        raise ValueError(f"int8_exact is {int8_exact!r}, but int8 is not True, so that every product is exact already")
 
 
 def _swapped_classes(model: nn.Module) -> list[tuple[nn.Module, type[nn.Module]]]:
