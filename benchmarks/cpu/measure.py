@@ -62,8 +62,9 @@ class Bench:
     def _turn(self, call: Callable[[], object], repeats: int) -> float:
         if self.place.threads > 1:
             time.sleep(PAUSE)
-        if repeats > 1:  # what the others put into the caches is gone, and the threads are awake
-            call()
+        if repeats > 1:  # until what the others put into the caches is gone, and sleeping cores are awake
+            for _ in range(repeats):
+                call()
         start = time.perf_counter()
         for _ in range(repeats):
             call()
