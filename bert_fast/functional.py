@@ -300,6 +300,15 @@ def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Te
     return y.view(x.shape)
 
 
+def _padding_entry(name: str, entry: int | None, entries: int) -> int:
+    """As operators take it: not negative, or -1 for none."""
+    if entry is None:
+        return -1
+    if not -entries <= entry < entries:
+        raise ValueError(f"{name} is {entry}; it must lie in [-{entries}, {entries})")
+    return entry % entries
+
+
 def embedding(
     word: Tensor,
     position: Tensor,
@@ -312,6 +321,7 @@ def embedding(
     eps: float = 1e-12,
     *,
     padding_idx: int | None = None,
+    position_padding_idx: int | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     stream: int = 0,
@@ -327,7 +337,8 @@ def embedding(
             table gives a row of NaN, elsewhere IndexError.
         weight, bias: (width,).
         eps: added to the variance.
-        padding_idx: entry of `word` that gets no gradient; a negative one counts from the end.
+        padding_idx, position_padding_idx: entries of `word` and `position` that get no gradient; a negative one counts
+            from the end.
         dropout_p: dropout rate, in [0, 1).
         seed, stream: as for attention.
 
@@ -345,8 +356,10 @@ def embedding(
                 "are needed"
             )
     _check_affine(weight, bias, width)
-    if padding_idx is not None and not -word.shape[0] <= padding_idx < word.shape[0]:
-        raise ValueError(f"padding_idx is {padding_idx}; it must lie in [-{word.shape[0]}, {word.shape[0]})")
+    entries = (
+        _padding_entry("padding_idx", padding_idx, word.shape[0]),
+        _padding_entry("position_padding_idx", position_padding_idx, position.shape[0]),
+    )
     if ids.dim() != 1 or positions.shape != ids.shape or (token_types is not None and token_types.shape != ids.shape):
         raise ValueError(
             f"ids, positions and token_types have shapes {tuple(ids.shape)}, {tuple(positions.shape)} and "
@@ -367,13 +380,13 @@ def embedding(
             )
         types = token_type[0] if token_types is None else F.embedding(token_types, token_type)
         x = F.embedding(ids, word, padding_idx) + types
-        return F.dropout(layer_norm(F.embedding(positions, position), weight, bias, eps, x), dropout_p)
+        y = layer_norm(F.embedding(positions, position, position_padding_idx), weight, bias, eps, x)
+        return F.dropout(y, dropout_p)
     tables = (word, position, token_type, ids, positions, token_types)
-    padding_entry = -1 if padding_idx is None else padding_idx % word.shape[0]
-    extras = (padding_entry, _seed(seed, dropout_p, word.device), stream, dropout_p)
+    extras = (*entries, _seed(seed, dropout_p, word.device), stream, dropout_p)
     if _needs_dispatcher(word, position, token_type, weight, bias):
-        y: Tensor = torch.ops.bert_fast.embedding(*tables, weight, bias, eps, *extras)[0]
-        return y
+        result: Tensor = torch.ops.bert_fast.embedding(*tables, weight, bias, eps, *extras)[0]
+        return result
     return ops.launch_embedding(*tables, weight, bias, eps, *extras, has_statistics=False)[0]
 
 

@@ -268,6 +268,15 @@ def _is_plain_table(table: nn.Module) -> bool:
     return table.max_norm is None and not table.scale_grad_by_freq and not table.sparse
 
 
+def _can_be_fused(parts: EmbeddingParts) -> bool:
+    """Whether functional.embedding does what the parts do one after another."""
+    tables = (parts.word, parts.position, parts.token_type)
+    if not (is_plain_norm(parts.norm) and all(map(_is_plain_table, tables))):
+        return False
+    dtypes = {cast("nn.Embedding", part).weight.dtype for part in (*tables, parts.norm)}
+    return len(dtypes) == 1 and cast("nn.Embedding", parts.token_type).padding_idx is None
+
+
 def embed(parts: EmbeddingParts, batch: PackedBatch, inputs_embeds: Tensor | None = None) -> Tensor:
     """Word, token-type and position embeddings, normalised (Devlin et al. 2018, figure 2).
 
@@ -280,15 +289,15 @@ def embed(parts: EmbeddingParts, batch: PackedBatch, inputs_embeds: Tensor | Non
         (tokens, hidden_size).
     """
     rate = dropout_rate(parts.dropout)
-    tables = (parts.word, parts.position, parts.token_type)
-    if inputs_embeds is None and rate is not None and is_plain_norm(parts.norm) and all(map(_is_plain_table, tables)):
-        word, position, token_type = (cast("nn.Embedding", table) for table in tables)
+    if inputs_embeds is None and rate is not None and _can_be_fused(parts):
+        word, position, token_type = (cast("nn.Embedding", x) for x in (parts.word, parts.position, parts.token_type))
+        norm = cast("nn.LayerNorm", parts.norm)
         assert batch.ids is not None
-        has_one_dtype = word.weight.dtype == position.weight.dtype == token_type.weight.dtype == parts.norm.weight.dtype
-        if has_one_dtype and (word.weight.device.type == "cpu" or has_kernel("embedding", word.weight)):
+        if word.weight.device.type == "cpu" or has_kernel("embedding", word.weight):
             return functional.embedding(
                 word.weight, position.weight, token_type.weight, batch.ids, batch.positions, batch.token_types,
-                parts.norm.weight, parts.norm.bias, parts.norm.eps, padding_idx=word.padding_idx, dropout_p=rate,
+                norm.weight, norm.bias, norm.eps, padding_idx=word.padding_idx,
+                position_padding_idx=position.padding_idx, dropout_p=rate,
             )  # fmt: skip
     words = parts.word(batch.ids) if inputs_embeds is None else inputs_embeds
     if batch.token_types is not None:

@@ -88,7 +88,8 @@ def bert(
     """The encoder of Devlin et al. (2018) on a padded batch; no dropout.
 
     Args:
-        weights: tensors under Hugging Face's BertModel names ("encoder.layer.0.attention.self.query.weight", ...).
+        weights: tensors under Hugging Face's BertModel names ("encoder.layer.0.attention.self.query.weight", ...), and
+            ELECTRA's projection of the embeddings, if there is one.
         config: sizes; hidden_act and layer_norm_eps matter here.
         input_ids: (batch, length), or None with inputs_embeds (batch, length, hidden_size).
         attention_mask: (batch, length), not zero where a token is attended to; None: everywhere. Other tokens are
@@ -115,6 +116,8 @@ def bert(
         return x.view(batch, length, config.num_attention_heads, config.head_size)
 
     hidden = normalise("embeddings.LayerNorm", embedded)
+    if "embeddings_project.weight" in weights:
+        hidden = linear("embeddings_project", hidden)
     hidden_states = [hidden]
     for index in range(config.num_hidden_layers):
         layer = f"encoder.layer.{index}"

@@ -314,7 +314,7 @@ def test_the_operators_are_registered_as_torch_wants_it(triton_place: Place, cas
     weight, bias = inputs["weight"].requires_grad_(), inputs["bias"].requires_grad_()
     indices = case.indices(triton_place.device)
     padding_idx = -1 if case.padding_idx is None else case.padding_idx
-    extras = (padding_idx, torch.tensor([3], device=triton_place.device), 1, 0.5)
+    extras = (padding_idx, -1, torch.tensor([3], device=triton_place.device), 1, 0.5)
     rows = len(case.ids)
     mean, rstd = (x.float().to(triton_place.device) for x in (draw(rows, seed=5), 1 + draw(rows, seed=6).abs()))
     grad_y = triton_place.put(draw(rows, width))

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import bert_fast
 from bert_fast import BertConfig, engine, functional, masking, reference
-from bert_fast.swap import bert as family
+from bert_fast.swap import bert_shaped as family
 from bert_fast.swap.family import KeptRows
 from bert_fast.swap.verify import TensorCheck, Verification, VerificationError
 

@@ -23,6 +23,7 @@ def launch_embedding(
     bias: Tensor,
     eps: float,
     padding_idx: int = -1,  # noqa: ARG001
+    position_padding_idx: int = -1,  # noqa: ARG001
     seed: Tensor | None = None,
     stream: int = 0,
     dropout_p: float = 0.0,
@@ -35,7 +36,7 @@ def launch_embedding(
         ids, positions, token_types: (rows,) integers; token_types None: 0 everywhere.
         weight, bias: (width,).
         eps: added to the variance.
-        padding_idx: entry of `word` without a gradient, -1 for none.
+        padding_idx, position_padding_idx: entries of `word` and `position` without a gradient, -1 for none.
         seed, stream, dropout_p: see functional.draw_seed.
         has_statistics: whether the mean and 1 / std are wanted.
 
@@ -103,6 +104,7 @@ def launch_embedding_backward(
     mean: Tensor,
     rstd: Tensor,
     padding_idx: int = -1,
+    position_padding_idx: int = -1,
     seed: Tensor | None = None,
     stream: int = 0,
     dropout_p: float = 0.0,
@@ -122,7 +124,8 @@ def launch_embedding_backward(
     else:
         grad_type = _table_gradient(grad_sum, token_types, token_type, -1)
     grad_word = _table_gradient(grad_sum, ids, word, padding_idx)
-    return grad_word, _table_gradient(grad_sum, positions, position, -1), grad_type, grad_weight, grad_bias
+    grad_position = _table_gradient(grad_sum, positions, position, position_padding_idx)
+    return grad_word, grad_position, grad_type, grad_weight, grad_bias
 
 
 def _table_gradient(grad: Tensor, indices: Tensor, table: Tensor, padding_idx: int) -> Tensor:
@@ -133,7 +136,7 @@ def _table_gradient(grad: Tensor, indices: Tensor, table: Tensor, padding_idx: i
 
 
 _TABLES = "Tensor word, Tensor position, Tensor token_type, Tensor ids, Tensor positions, Tensor? token_types"
-_EXTRAS = "int padding_idx, Tensor? seed, int stream, float dropout_p"
+_EXTRAS = "int padding_idx, int position_padding_idx, Tensor? seed, int stream, float dropout_p"
 
 
 def _row_statistic(word: Tensor, ids: Tensor) -> Tensor:
@@ -162,8 +165,8 @@ define(
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
-    word, position, token_type, ids, positions, token_types, weight, bias, _, ctx.padding_idx, seed, *numbers = inputs
-    ctx.stream, ctx.dropout_p = numbers
+    word, position, token_type, ids, positions, token_types, weight, bias, _, *extras = inputs
+    *ctx.padding, seed, ctx.stream, ctx.dropout_p = extras
     _, mean, rstd = output
     ctx.bias_dtype = bias.dtype
     ctx.save_for_backward(word, position, token_type, ids, positions, token_types, weight, mean, rstd, seed)
@@ -172,11 +175,11 @@ def _save(ctx: Any, inputs: Any, output: Any) -> None:
 def _grad(ctx: Any, grad_y: Tensor, _mean: Tensor, _rstd: Tensor) -> tuple[Any, ...]:
     *tensors, seed = ctx.saved_tensors
     *grad_tables, grad_weight, grad_bias = torch.ops.bert_fast.embedding_backward(
-        grad_y, *tensors, ctx.padding_idx, seed, ctx.stream, ctx.dropout_p
+        grad_y, *tensors, *ctx.padding, seed, ctx.stream, ctx.dropout_p
     )
     weight = tensors[6]
     grads = (*grad_tables, None, None, None, grad_weight.to(weight.dtype), grad_bias.to(ctx.bias_dtype))
-    return (*grads, None, None, None, None, None)
+    return (*grads, None, None, None, None, None, None)
 
 
 differentiate("embedding", _save, _grad)

@@ -22,9 +22,11 @@ from torch import nn
 from .. import engine
 from ..graphs import GraphRunner
 from .bert import FAMILY as BERT
+from .electra import ELECTRA
 from .family import Call, Family, Rounding, kept_rows
+from .roberta import CAMEMBERT, ROBERTA, XLM_ROBERTA
 
-FAMILIES: tuple[Family, ...] = (BERT,)
+FAMILIES: tuple[Family, ...] = (BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT, ELECTRA)
 
 Model = TypeVar("Model", bound=nn.Module)
 

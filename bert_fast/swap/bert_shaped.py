@@ -1,0 +1,597 @@
+"""Encoders of transformers that are built as BertModel is, and their heads; a family says what differs."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import engine, ops, reference
+from .. import nn as fast
+from ..config import BertConfig
+from ..graphs import GraphRunner
+from ..guard import Kept
+from ..masking import PackedBatch, unpad
+from .family import FIRST_ROWS, Call, Family, Read, Rounding, kept_rows
+
+# Arguments that the fast path serves; any other one that is given a value takes the original path.
+SERVED = frozenset(
+    {
+        "input_ids",
+        "attention_mask",
+        "token_type_ids",
+        "position_ids",
+        "inputs_embeds",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "use_cache",
+    }
+)
+
+# transformers' names for kernels that compute one and the same attention.
+STANDARD_ATTENTION = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+
+ACTIVATION_CLASSES: dict[str, fast.Activation] = {
+    "GELUActivation": "none",
+    "NewGELUActivation": "tanh",
+    "GELUTanh": "tanh",
+    "PytorchGELUTanh": "tanh",
+}
+
+
+class Layer(NamedTuple):
+    """The parts of an encoder layer; see nn.EncoderLayerParts."""
+
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+    attention_output: nn.Module
+    attention_norm: nn.Module
+    intermediate: nn.Module
+    output: nn.Module
+    output_norm: nn.Module
+    activation: fast.Activation
+    attention_dropout_p: float
+    attention_output_dropout: nn.Module
+    output_dropout: nn.Module
+    head_size: int
+
+
+class Embeddings(NamedTuple):
+    """See nn.EmbeddingParts."""
+
+    word: nn.Module
+    position: nn.Module
+    token_type: nn.Module
+    norm: nn.Module
+    dropout: nn.Module
+
+
+class Plan(NamedTuple):
+    """The parts of an encoder, none of which anybody listens to.
+
+    Attributes:
+        projection: between the embeddings and the first layer, if there is one.
+        stack: the layers as the CPU engine sees them.
+    """
+
+    embeddings: Embeddings
+    projection: nn.Module | None
+    layers: list[Layer]
+    stack: engine.Stack
+
+
+_plans: Kept[Plan] = Kept()
+
+
+class Refused(Exception):  # noqa: N818
+    """A module within the encoder cannot be stepped over; the argument is the module and what is the matter."""
+
+
+# ---- the parts of the model ------------------------------------------------------------------------------------------
+
+
+# Hooks that mean the same on packed rows: transformers' recorders of outputs, asleep on the fast path, and the one that
+# gradient checkpointing and PEFT put on the word embeddings.
+HARMLESS_HOOKS = ("output_capturing_hook", "make_inputs_require_grads", "make_inputs_require_grad")
+
+
+def _is_listened_to(module: nn.Module) -> bool:
+    """Whether somebody has hooked the module, and would see packed rows there."""
+    hooks = module._forward_hooks
+    if hooks and any(getattr(hook, "__name__", "") not in HARMLESS_HOOKS for hook in hooks.values()):
+        return True
+    return bool(module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+def _leaf(parent: nn.Module, name: str) -> nn.Module:
+    """A module that the fast path calls, or fuses."""
+    module = parent._modules.get(name)
+    if module is None:
+        raise Refused(parent, f"has no {name}")
+    if _is_listened_to(module):
+        raise Refused(module, "has hooks")
+    return module
+
+
+def activation_of(module: nn.Module) -> fast.Activation:
+    """The fused form of an activation that is known to be GELU, else the module itself."""
+    cls = type(module)
+    if "forward" in module.__dict__:
+        return module
+    if cls is nn.GELU:
+        return "tanh" if module.approximate == "tanh" else "none"
+    if cls.__module__ == "transformers.activations":
+        return ACTIVATION_CLASSES.get(cls.__name__, module)
+    return module
+
+
+def _stack(model: Any, parts: list[Layer]) -> engine.Stack:
+    """The layers for the engine, with the products that swap was asked for."""
+    rounding: Rounding | None = model.__dict__.get("bert_fast_rounding")
+    if rounding is None:
+        return engine.stack(parts)
+    exact = frozenset(part for name in rounding.exact for part in model.get_submodule(name).modules())
+    return engine.stack(parts, rounding.products, exact)
+
+
+# ---- which calls are served ------------------------------------------------------------------------------------------
+
+
+def _setting(model: Any, call: Call, name: str) -> Any:
+    value = call.get(name)
+    return getattr(model.config, name, None) if value is None else value
+
+
+def _config_refusal(model: Any) -> str | None:
+    config = model.config
+    if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
+        return "the model is a decoder"
+    if getattr(config, "is_causal", None):
+        return "attention is causal"
+    if (getattr(config, "position_embedding_type", None) or "absolute") != "absolute":
+        return f"position_embedding_type is {config.position_embedding_type!r}"
+    implementation = getattr(config, "_attn_implementation", None)
+    if implementation not in STANDARD_ATTENTION:
+        return f"attn_implementation is {implementation!r}"
+    return None
+
+
+def _argument_refusal(model: Any, call: Call) -> str | None:
+    if _setting(model, call, "output_attentions"):
+        return "attention probabilities are asked for"
+    if not isinstance(_setting(model, call, "output_hidden_states") or False, bool):
+        return "some of the hidden states are asked for by number"
+    for name, value in call.items():
+        if value is not None and name not in SERVED:
+            return f"{name} is given"
+    mask = call.get("attention_mask")
+    if mask is not None and mask.dim() != 2:
+        return f"attention_mask has {mask.dim()} dimensions"
+    if (call.get("input_ids") is None) == (call.get("inputs_embeds") is None):
+        return "exactly one of input_ids and inputs_embeds is needed"
+    return None
+
+
+def _mode_refusal(model: Any) -> str | None:
+    if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
+        return "the model is traced or exported"
+    if torch._C._are_functorch_transforms_active():
+        return "a function transform is active"
+    if model.training and any(
+        getattr(x, "gradient_checkpointing", False) for x in (model.encoder, *model.encoder.layer)
+    ):
+        return "gradient checkpointing is on"
+    return None
+
+
+# ---- the fast forward ------------------------------------------------------------------------------------------------
+
+
+def _pooler(model: Any) -> Any:
+    return getattr(model, "pooler", None)
+
+
+def _embed(parts: Plan, batch: PackedBatch, embeds: Tensor | None = None) -> Tensor:
+    """(tokens, hidden_size), what the first layer reads."""
+    hidden = fast.embed(parts.embeddings, batch, embeds)
+    return hidden if parts.projection is None else parts.projection(hidden)
+
+
+def _encode(
+    model: nn.Module,
+    parts: Plan,
+    batch: PackedBatch,
+    embeds: Tensor | None = None,
+    kept: list[Tensor] | None = None,
+) -> Tensor:
+    """(tokens, hidden_size); `kept` receives the embeddings and every layer's output."""
+    hidden = _embed(parts, batch, embeds)
+    outputs = None
+    if not torch.compiler.is_compiling():
+        outputs = engine.encode(model, parts.stack, hidden, batch, needs_all=kept is not None)
+    if outputs is not None:
+        if kept is not None:
+            kept += [hidden, *outputs]
+        return outputs[-1]
+    for layer in parts.layers:
+        if kept is not None:
+            kept.append(hidden)
+        hidden = fast.encoder_layer(layer, hidden, batch)
+    if kept is not None:
+        kept.append(hidden)
+    return hidden
+
+
+def _modules(parts: Plan) -> Iterator[Any]:
+    """The modules that the encoder calls or fuses, and what else its layers are made of."""
+    yield parts.projection
+    for part in (parts.embeddings, *parts.layers):
+        yield from part
+
+
+def _parameters(parts: Plan) -> Iterator[Tensor]:
+    """Every tensor that the encoder's modules own."""
+    for module in _modules(parts):
+        if isinstance(module, nn.Module):
+            for owner in module.modules():
+                yield from (x for x in owner._parameters.values() if x is not None)
+                yield from (x for x in owner._buffers.values() if x is not None)
+
+
+def _structure(parts: Plan) -> Iterator[Any]:
+    """What the encoder's work is made of, but for the contents of tensors."""
+    for item in _modules(parts):
+        yield item
+        if isinstance(item, nn.Module):
+            yield item.training
+            yield getattr(item, "eps", None)
+
+
+def _runner(model: Any, call: Call) -> GraphRunner | None:
+    """What replays the call, if that is wanted and its work is the same for every batch of a bucket."""
+    runner: GraphRunner | None = model.__dict__.get("bert_fast_graphs")
+    if runner is None or model.training or call.get("input_ids") is None or torch.compiler.is_compiling():
+        return None
+    if torch.is_grad_enabled() or _setting(model, call, "output_hidden_states"):
+        return None
+    word = model.embeddings.word_embeddings.weight
+    if ops.choose("layer_norm", word.device.type, word.dtype, word.shape[1]).path != "triton":
+        return None
+    return None if word.device.type == "cuda" and torch.cuda.is_current_stream_capturing() else runner
+
+
+def _as_tuple(output: Any) -> tuple[Any, ...]:
+    """The output as the installed transformers gives it with return_dict=False; before 5 no pooler left a None."""
+    import transformers
+
+    if int(transformers.__version__.partition(".")[0]) >= 5:
+        return tuple(output.to_tuple())
+    extra = () if output.hidden_states is None else (output.hidden_states,)
+    pooled = (output.pooler_output,) if hasattr(output, "pooler_output") else ()
+    return (output.last_hidden_state, *pooled, *extra)
+
+
+# ---- what heads read ---------------------------------------------------------------------------------
+
+
+def _source(call: Call) -> Any:
+    return call.get("inputs_embeds") if call.get("input_ids") is None else call.get("input_ids")
+
+
+def first_rows(call: Call) -> Read:  # noqa: ARG001
+    return FIRST_ROWS
+
+
+def labelled(call: Call) -> Tensor | None:
+    """Heads on tokens flatten labels, so any shape with one for each token will do."""
+    source, labels = _source(call), call.get("labels")
+    if source is None or labels is None or labels.numel() != math.prod(source.shape[:2]):
+        return None
+    is_labelled: Tensor = labels != -100
+    return is_labelled.view(source.shape[:2])
+
+
+def everything(call: Call) -> Tensor | None:
+    source = _source(call)
+    return None if source is None else torch.ones(source.shape[:2], dtype=torch.bool)
+
+
+def all_if_labelled(call: Call) -> Tensor | None:
+    """A causal loss reads a token for the next one's label."""
+    return None if call.get("labels") is None else everything(call)
+
+
+def all_if_answered(call: Call) -> Tensor | None:
+    """The loss of question answering is a softmax over all places, padding among them."""
+    has_answers = call.get("start_positions") is not None and call.get("end_positions") is not None
+    return everything(call) if has_answers else None
+
+
+# ---- the family ------------------------------------------------------------------------------------------------------
+
+# Methods of the encoder that the fast forward stands in for.
+STEPS = ("__call__", "forward", "_create_attention_masks", "get_extended_attention_mask", "get_head_mask")
+
+HEADS: Mapping[str, Callable[[Call], Read]] = {
+    "ForSequenceClassification": first_rows,
+    "ForMultipleChoice": first_rows,
+    "ForNextSentencePrediction": first_rows,
+    "ForMaskedLM": labelled,
+    "ForPreTraining": labelled,
+    "ForTokenClassification": labelled,
+    "ForQuestionAnswering": all_if_answered,
+    "ForCausalLM": all_if_labelled,
+    "LMHeadModel": all_if_labelled,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class BertShaped:
+    """A family whose modules have BERT's names and do what BERT's do.
+
+    Attributes:
+        name: for people.
+        module: the Python module that defines the classes.
+        prefix: of the classes' names.
+        heads: what heads read of the encoder, by the rest of their names; see Family.kept_rows.
+    """
+
+    name: str
+    module: str
+    prefix: str
+    heads: Mapping[str, Callable[[Call], Read]] = field(default_factory=lambda: HEADS)
+
+    def family(self) -> Family:
+        return Family(
+            name=self.name,
+            module=self.module,
+            encoder=f"{self.prefix}Model",
+            steps=STEPS,
+            plan=self.plan,
+            run=self.run,
+            stack=self.stack,
+            oracle=self.oracle,
+            kept_rows={f"{self.prefix}{head}": rows for head, rows in self.heads.items()},
+        )
+
+    # ---- what families differ in ----
+
+    def positions(self, model: Any, call: Call) -> Tensor | None:  # noqa: ARG002
+        """(batch, length), where a call says nothing of positions; None: the columns."""
+        return None
+
+    def longest(self, model: Any) -> int | None:
+        """Columns for which the position table surely lasts; None: nobody knows."""
+        return getattr(model.embeddings.position_embeddings, "num_embeddings", None)
+
+    def output(self, sequence: Tensor, pooled: Tensor | None, hidden_states: tuple[Tensor, ...] | None) -> Any:
+        from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+
+        return BaseModelOutputWithPoolingAndCrossAttentions(
+            last_hidden_state=sequence, pooler_output=pooled, hidden_states=hidden_states
+        )
+
+    # ---- the parts of the model ----
+
+    def container(self, parent: nn.Module, name: str, *suffixes: str) -> nn.Module:
+        """A module that the fast path steps over, so that it must be transformers' own."""
+        module = _leaf(parent, name)
+        cls = type(module)
+        is_known = cls.__name__ in [self.prefix + suffix for suffix in suffixes]
+        if not is_known or cls.__module__ != self.module:
+            raise Refused(module, f"is a {cls.__name__}" + (f" of {cls.__module__}" if is_known else ""))
+        if "forward" in module.__dict__:
+            raise Refused(module, "has a forward of its own")
+        return module
+
+    def layer(self, layers: nn.Module, name: str) -> Layer:
+        layer = self.container(layers, name, "Layer")
+        attention = self.container(layer, "attention", "Attention")
+        attend: Any = self.container(attention, "self", "SelfAttention", "SdpaSelfAttention")
+        attended = self.container(attention, "output", "SelfOutput")
+        intermediate = self.container(layer, "intermediate", "Intermediate")
+        output = self.container(layer, "output", "Output")
+        activation: Any = intermediate._modules.get(
+            "intermediate_act_fn", getattr(intermediate, "intermediate_act_fn", None)
+        )
+        if isinstance(activation, nn.Module):
+            activation = activation_of(_leaf(intermediate, "intermediate_act_fn"))
+        return Layer(
+            query=_leaf(attend, "query"),
+            key=_leaf(attend, "key"),
+            value=_leaf(attend, "value"),
+            attention_output=_leaf(attended, "dense"),
+            attention_norm=_leaf(attended, "LayerNorm"),
+            intermediate=_leaf(intermediate, "dense"),
+            output=_leaf(output, "dense"),
+            output_norm=_leaf(output, "LayerNorm"),
+            activation=activation,
+            attention_dropout_p=attend.dropout.p if attend.training else 0.0,
+            attention_output_dropout=_leaf(attended, "dropout"),
+            output_dropout=_leaf(output, "dropout"),
+            head_size=attend.attention_head_size,
+        )
+
+    def parts(self, model: Any) -> Plan:
+        """
+        Raises:
+            Refused: a module within is hooked, or not transformers' own where it would be stepped over.
+        """
+        embeddings = self.container(model, "embeddings", "Embeddings")
+        layers = _leaf(self.container(model, "encoder", "Encoder"), "layer")
+        parts = [self.layer(layers, name) for name in layers._modules]
+        return Plan(
+            Embeddings(
+                word=_leaf(embeddings, "word_embeddings"),
+                position=_leaf(embeddings, "position_embeddings"),
+                token_type=_leaf(embeddings, "token_type_embeddings"),
+                norm=_leaf(embeddings, "LayerNorm"),
+                dropout=_leaf(embeddings, "dropout"),
+            ),
+            _leaf(model, "embeddings_project") if "embeddings_project" in model._modules else None,
+            parts,
+            _stack(model, parts),
+        )
+
+    def stack(self, model: Any) -> engine.Stack:
+        """The layers as the CPU engine sees them."""
+        try:
+            return self.parts(model).stack
+        except Refused as refused:
+            return engine.Stack([], refusal=f"{type(refused.args[0]).__name__} {refused.args[1]}")
+
+    def plan(self, model: Any, call: Call) -> Plan | str:
+        """The model's parts, or why the call takes the original path."""
+        reason = _mode_refusal(model) or _argument_refusal(model, call) or _config_refusal(model)
+        if reason is not None:
+            return reason
+        try:
+            if torch.compiler.is_compiling():
+                return self.parts(model)
+            return _plans.get(model, functools.partial(self.parts, model))
+        except Refused as refused:
+            culprit, matter = refused.args
+            name = next((name for name, module in model.named_modules() if module is culprit), "a module")
+            return f"{name} {matter}"
+
+    # ---- the fast forward ----
+
+    def pack(
+        self, model: Any, call: Call, device: torch.device | str | None = None
+    ) -> tuple[PackedBatch, Tensor | None]:
+        """The call's batch without padding, and its inputs_embeds (tokens, hidden_size), if those were given.
+
+        Args:
+            model: the encoder.
+            call: its arguments.
+            device: of the batch; None: that of the inputs.
+        """
+        ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
+        source: Any = embeds if ids is None else ids
+        shape = tuple(source.shape[:2])
+        if source.dim() != (2 if embeds is None else 3):
+            raise ValueError(
+                f"input_ids or inputs_embeds has shape {tuple(source.shape)}; (batch, length) or (batch, length, "
+                "hidden_size) is needed"
+            )
+        positions = call.get("position_ids")
+        if positions is None:
+            positions = self.positions(model, call)
+            self._check_length(model, shape[1], positions)
+        mask = call.get("attention_mask")
+        if mask is None:
+            mask = torch.ones(shape, dtype=torch.bool)
+        elif tuple(mask.shape) != shape:
+            raise ValueError(f"attention_mask has shape {tuple(mask.shape)} and the batch {shape}")
+        types = call.get("token_type_ids")
+        read = kept_rows.get()
+        # Labels that do not fit are left to the head, whose own error says so.
+        keep = read if isinstance(read, Tensor) and tuple(read.shape) == shape else None
+        batch = unpad(
+            mask,
+            ids=ids,
+            token_types=None if types is None else types.expand(shape),
+            keep=keep,
+            keep_first=read is FIRST_ROWS or _pooler(model) is not None,
+            device=source.device if device is None else device,
+        )
+        if positions is not None:
+            batch = replace(batch, positions=batch.select(positions.expand(shape)).to(batch.positions.device))
+        return batch, None if embeds is None else batch.select(embeds)
+
+    def _check_length(self, model: Any, length: int, positions: Tensor | None) -> None:
+        longest = self.longest(model)
+        if longest is None or length <= longest:
+            return
+        table = model.embeddings.position_embeddings.num_embeddings
+        if positions is None or (positions.numel() > 0 and int(positions.max()) >= table):
+            raise ValueError(f"the batch has length {length}; max_position_embeddings is {table}")
+
+    def run(self, model: Any, call: Call, parts: Plan) -> Any:
+        """The encoder's forward, without padding between the embeddings and the last layer."""
+        wants_hidden_states = bool(_setting(model, call, "output_hidden_states"))
+        output = None
+        if kept_rows.get() is FIRST_ROWS and not wants_hidden_states and not self._is_watched(model):
+            output = self._run_for_first_rows(model, call, parts)
+        if output is None:
+            output = self._run(model, call, parts, wants_hidden_states)
+        return _as_tuple(output) if _setting(model, call, "return_dict") is False else output
+
+    def _run(self, model: Any, call: Call, parts: Plan, wants_hidden_states: bool) -> Any:
+        kept: list[Tensor] = []
+        runner = _runner(model, call)
+        if runner is not None:
+            batch, hidden = self._replayed(model, call, parts, runner)
+        else:
+            batch, embeds = self.pack(model, call)
+            hidden = _encode(model, parts, batch, embeds, kept if wants_hidden_states else None)
+        sequence = batch.pad(hidden)
+        pooler = _pooler(model)
+        hidden_states = None
+        if wants_hidden_states:
+            hidden_states = (*(batch.pad(x) for x in kept[:-1]), sequence)
+        return self.output(sequence, None if pooler is None else pooler(sequence), hidden_states)
+
+    def _replayed(self, model: Any, call: Call, parts: Plan, runner: GraphRunner) -> tuple[PackedBatch, Tensor]:
+        """The batch and its (tokens, hidden_size); the batch goes through the host, since the mask does anyway."""
+        batch, _ = self.pack(model, call, "cpu")
+        device = call["input_ids"].device
+        if not 0 < batch.total_tokens <= runner.max_tokens:
+            batch = batch.to(device)
+            return batch, _encode(model, parts, batch)
+        hidden = runner.run(
+            functools.partial(_encode, model, parts), batch, device, _parameters(parts), _structure(parts)
+        )
+        if batch.indices is None:
+            return batch, hidden.clone()  # the next replay writes there
+        return replace(batch, indices=batch.indices.to(device, non_blocking=True)), hidden
+
+    def _is_watched(self, model: Any) -> bool:
+        """Whether anybody but the model's head may see what the encoder returns, or a strange pooler reads it."""
+        if torch.compiler.is_compiling() or "forward" in model.__dict__ or _is_listened_to(model):
+            return True
+        pooler = _pooler(model)
+        if pooler is None:
+            return False
+        cls = type(pooler)
+        return cls.__name__ != f"{self.prefix}Pooler" or cls.__module__ != self.module or _is_listened_to(pooler)
+
+    def _run_for_first_rows(self, model: Any, call: Call, parts: Plan) -> Any:
+        """The output, whose last hidden state (batch, 1, hidden_size) was computed for the first rows alone; None: the
+        engine does not serve."""
+        if engine.why_not(parts.stack, model.embeddings.word_embeddings.weight) is not None:
+            return None
+        batch, embeds = self.pack(model, call)
+        hidden = _embed(parts, batch, embeds)
+        outputs = engine.encode(model, parts.stack, hidden, batch, rows=batch.first_rows)
+        if outputs is None:
+            return None
+        first = outputs[-1][:, None]
+        pooler = _pooler(model)
+        return self.output(first, None if pooler is None else pooler(first), None)
+
+    # ---- the truth ----
+
+    def oracle(self, model: Any, call: Call) -> Tensor:
+        """The last hidden state (batch, length, hidden_size) in float64 on the CPU, by bert_fast.reference."""
+        weights = {
+            name: value.detach().to("cpu", torch.float64 if value.is_floating_point() else value.dtype)
+            for name, value in model.state_dict().items()
+        }
+        config = BertConfig.from_dict(
+            {**model.config.to_dict(), "model_type": "bert", "is_decoder": False, "pad_token_id": 0}
+        )
+        names = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
+        inputs = {name: call[name].detach().cpu() for name in names if call.get(name) is not None}
+        if "position_ids" not in inputs and (positions := self.positions(model, call)) is not None:
+            inputs["position_ids"] = positions.cpu()
+        if "inputs_embeds" in inputs:
+            inputs["inputs_embeds"] = inputs["inputs_embeds"].double()
+        return reference.bert(weights, config, **inputs).hidden_states[-1]

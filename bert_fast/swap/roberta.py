@@ -1,0 +1,36 @@
+"""RoBERTa (Liu et al. 2019) and what has its modules: positions are counted from behind the padding token's number, and
+count only tokens that are not that one, whatever the mask says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .bert_shaped import BertShaped
+from .family import Call
+
+
+class RobertaShaped(BertShaped):
+    def positions(self, model: Any, call: Call) -> Tensor:
+        padding: int = model.embeddings.padding_idx
+        ids = call.get("input_ids")
+        if ids is None:
+            embeds = call["inputs_embeds"]
+            return torch.arange(padding + 1, padding + 1 + embeds.shape[1], device=embeds.device).expand(
+                embeds.shape[:2]
+            )
+        is_token: Tensor = ids != padding
+        return is_token.cumsum(1) * is_token + padding
+
+    def longest(self, model: Any) -> int | None:
+        longest = super().longest(model)
+        return None if longest is None else longest - 1 - int(model.embeddings.padding_idx)
+
+
+ROBERTA = RobertaShaped("RoBERTa", "transformers.models.roberta.modeling_roberta", "Roberta").family()
+XLM_ROBERTA = RobertaShaped(
+    "XLM-RoBERTa", "transformers.models.xlm_roberta.modeling_xlm_roberta", "XLMRoberta"
+).family()
+CAMEMBERT = RobertaShaped("CamemBERT", "transformers.models.camembert.modeling_camembert", "Camembert").family()
