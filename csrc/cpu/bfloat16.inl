@@ -79,24 +79,10 @@ struct HalfStrips {
     static void multiply([[maybe_unused]] const Strip& s, [[maybe_unused]] const StripTarget& target) {
 #ifdef BERT_FAST_BFLOAT16
         Vec sum[kRows][kVectors] = {};
-        const uint16_t* b = s.b;
-        // See VnniStrips.
-        const char* ahead = target.ahead == nullptr ? reinterpret_cast<const char*>(b) : target.ahead;
-        for (int64_t p = 0; p < s.steps; ++p, b += kVectors * kLanes * kPair) {
-            fetch_lines(ahead + p * kLinesAhead * kLine);
-            __m512i right[kVectors];
-#pragma GCC unroll 8
-            for (int j = 0; j < kVectors; ++j) right[j] = _mm512_loadu_si512(b + j * kLanes * kPair);
-#pragma GCC unroll 8
-            for (int i = 0; i < kRows; ++i) {
-                int32_t pair;
-                std::memcpy(&pair, s.a + i * s.a_row + p * kPair, sizeof(pair));
-                const __m512i left = _mm512_set1_epi32(pair);
-#pragma GCC unroll 8
-                for (int j = 0; j < kVectors; ++j)
-                    asm("vdpbf16ps %2, %1, %0" : "+v"(sum[i][j]) : "v"(left), "v"(right[j]));
-            }
-        }
+        const auto add = [](const IntVec& left, const IntVec& right, Vec& to) BERT_FAST_LAMBDA {
+            asm("vdpbf16ps %2, %1, %0" : "+v"(to) : "v"(left), "v"(right));
+        };
+        accumulate_words(s.a, s.a_row * static_cast<int64_t>(sizeof(uint16_t)), s.b, s.steps, target.ahead, sum, add);
         finish_strip(target, sum);
 #endif
     }

@@ -157,23 +157,10 @@ struct VnniStrips {
     template <int kRows, int kVectors>
     static void multiply(const Strip& s, const StripTarget& target) {
         IntVec sum[kRows][kVectors] = {};
-        const int8_t* b = s.b;
-        // Where nothing is to be fetched, lines that are here already: a condition would cost more than they do.
-        const char* ahead = target.ahead == nullptr ? reinterpret_cast<const char*>(b) : target.ahead;
-        for (int64_t p = 0; p < s.steps; ++p, b += kVectors * kLanes * kQuad) {
-            fetch_lines(ahead + p * kLinesAhead * kLine);
-            IntVec right[kVectors];
-#pragma GCC unroll 8
-            for (int j = 0; j < kVectors; ++j) std::memcpy(&right[j], b + j * kLanes * kQuad, sizeof(IntVec));
-#pragma GCC unroll 8
-            for (int i = 0; i < kRows; ++i) {
-                int32_t quad;
-                std::memcpy(&quad, s.a + i * s.a_row + p * kQuad, sizeof(quad));
-                const IntVec left = IntVec{} + quad;
-#pragma GCC unroll 8
-                for (int j = 0; j < kVectors; ++j) add_quads_vnni(left, right[j], sum[i][j]);
-            }
-        }
+        const auto add = [](const IntVec& left, const IntVec& right, IntVec& to) BERT_FAST_LAMBDA {
+            add_quads_vnni(left, right, to);
+        };
+        accumulate_words(s.a, s.a_row, s.b, s.steps, target.ahead, sum, add);
         finish_byte_strip(s, target, sum);
     }
 };

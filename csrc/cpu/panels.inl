@@ -72,6 +72,30 @@ BERT_FAST_INLINE void finish_strip(const StripTarget& target, const Vec (&sum)[k
         target, [&sum](int i, int j, const Vec& bias) BERT_FAST_LAMBDA { return sum[i][j] + bias; });
 }
 
+// sum[i][j] += A * B for a tile whose steps are 32-bit words of several narrow factors each: add(left, right, sum) is the
+// instruction that multiplies them. A's rows begin a_row_bytes apart.
+template <int kRows, int kVectors, typename Sum, typename Add>
+BERT_FAST_INLINE void accumulate_words(const void* a, int64_t a_row_bytes, const void* b, int64_t steps, const char* ahead,
+                                       Sum (&sum)[kRows][kVectors], const Add& add) {
+    const char* from = static_cast<const char*>(b);
+    // Where nothing is to be fetched, lines that are here already: a condition would cost more than they do.
+    const char* fetched = ahead == nullptr ? from : ahead;
+    for (int64_t p = 0; p < steps; ++p, from += kVectors * kLanes * kStepBytes) {
+        fetch_lines(fetched + p * kLinesAhead * kLine);
+        IntVec right[kVectors];
+#pragma GCC unroll 8
+        for (int j = 0; j < kVectors; ++j) std::memcpy(&right[j], from + j * kLanes * kStepBytes, sizeof(IntVec));
+#pragma GCC unroll 8
+        for (int i = 0; i < kRows; ++i) {
+            int32_t word;
+            std::memcpy(&word, static_cast<const char*>(a) + i * a_row_bytes + p * kStepBytes, sizeof(word));
+            const IntVec left = IntVec{} + word;
+#pragma GCC unroll 8
+            for (int j = 0; j < kVectors; ++j) add(left, right[j], sum[i][j]);
+        }
+    }
+}
+
 // Kind has a type Strip, what a kernel multiplies, and the kernels `multiply<kRows, kVectors>(Strip, StripTarget)`.
 template <typename Kind>
 using StripKernel = void (*)(const typename Kind::Strip&, const StripTarget&);
