@@ -55,7 +55,7 @@ bench: $(VENV)/test.stamp
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=$(RESULTS) -q
 	$(BIN)/python -m benchmarks.table $(RESULTS)
 
-# Whole encoders against torch.compile, ONNX Runtime, OpenVINO, CTranslate2 and sentence-transformers, hours on two cores;
+# Whole encoders, a process each, against torch.compile, ONNX Runtime, OpenVINO, CTranslate2 and sentence-transformers, hours on two cores;
 # ARGS="--only NAME" for some rows, ARGS="--stsb FILE" for the accuracy of int8, ARGS=--dry to see that everything runs.
 bench-cpu: RESULTS = benchmarks/results/cpu-peers.json
 bench-cpu: $(VENV)/bench.stamp

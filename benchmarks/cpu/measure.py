@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..calls import Batch, floor, prepacked
-from .peers import BY_NAME, PEERS, SDPA, Engine, Place
-from .report import FLOOR, OURS, OURS_BF16, OURS_INT8, PREPACKED, Entry, Precision, Record
+from ..calls import Batch
+from .contenders import Field, LostError, Worker, arrays
+from .peers import PEERS, SDPA, Place
+from .report import OURS, OURS_BF16, OURS_INT8, Entry, Precision, Record, is_floor
 
 # The largest absolute difference that float32 may show, and the smallest cosines of what is rounded.
 MAX_DIFFERENCE = 1e-4
@@ -29,46 +30,44 @@ PAUSE = 0.25  # seconds after which the threads of the one before have stopped t
 class Bench:
     """
     Attributes:
-        place: model and threads.
+        field: the model's contenders.
         deadline: of time.time.
     """
 
-    place: Place
+    field: Field
     deadline: float
+
+    @property
+    def place(self) -> Place:
+        return self.field.place
 
     @property
     def is_dry(self) -> bool:
         return self.place.is_dry
 
-    def time(self, calls: Mapping[str, Callable[[], object]], min_rounds: int) -> tuple[dict[str, float], int]:
-        """Median seconds of each call, taking turns, and the number of rounds; a round before those warms up."""
-        repeats = {name: self._repeats(call) for name, call in calls.items()}
-        times: dict[str, list[float]] = {name: [] for name in calls}
+    def time(self, turns: Mapping[str, Callable[[int], float]], min_rounds: int) -> tuple[dict[str, float], int]:
+        """Median seconds of a call of each, taking turns, and the number of rounds; a round before those warms up.
+
+        Args:
+            turns: name -> function that calls so often and gives the mean seconds.
+            min_rounds: unless the deadline comes first.
+        """
+        repeats = {name: self._repeats(turn(1)) for name, turn in turns.items()}
+        times: dict[str, list[float]] = {name: [] for name in turns}
         start, rounds = time.time(), 0
         while rounds < (1 if self.is_dry else MAX_ROUNDS):
             now = time.time()
             if rounds and (now > self.deadline or (rounds >= min_rounds and now - start > SECONDS)):
                 break
-            for name, call in calls.items():
-                times[name].append(self._turn(call, repeats[name]))
+            for name, turn in turns.items():
+                if self.place.threads > 1:
+                    time.sleep(PAUSE)
+                times[name].append(turn(repeats[name]))
             rounds += 1
-        return {name: statistics.median(turns) for name, turns in times.items()}, rounds
+        return {name: statistics.median(found) for name, found in times.items()}, rounds
 
-    def _repeats(self, call: Callable[[], object]) -> int:
-        start = time.perf_counter()
-        call()
-        return 1 if self.is_dry else max(1, min(50, round(TURN / (time.perf_counter() - start))))
-
-    def _turn(self, call: Callable[[], object], repeats: int) -> float:
-        if self.place.threads > 1:
-            time.sleep(PAUSE)
-        if repeats > 1:  # until what the others put into the caches is gone, and sleeping cores are awake
-            for _ in range(repeats):
-                call()
-        start = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        return (time.perf_counter() - start) / repeats
+    def _repeats(self, seconds: float) -> int:
+        return 1 if self.is_dry else max(1, min(50, round(TURN / seconds)))
 
 
 def verify(entry: Entry, found: Sequence[Tensor], expected: Sequence[Tensor], batches: Sequence[Batch]) -> None:
@@ -105,49 +104,31 @@ def measure(bench: Bench, record: Record, batches: Sequence[Batch], min_rounds: 
     places = sum(batch["attention_mask"].numel() for batch in batches)
     texts = sum(len(batch["input_ids"]) for batch in batches)
     record.facts = {"texts": texts, "useful_tokens": sum(tokens), "padding": places / sum(tokens)}
-    reference = bench.place.engine(BY_NAME[SDPA])
-    if reference is None:
-        raise RuntimeError(f"no {SDPA}: {bench.place.reasons[SDPA]}")
-    expected = reference.states(batches)
-    calls: dict[str, Callable[[], object]] = {}
+    travelling = arrays(batches)
+    expected = bench.field.states(SDPA, travelling)
+    turns: dict[str, Callable[[int], float]] = {}
     for peer in PEERS:
         entry = Entry(peer.name, peer.precision)
         record.entries.append(entry)
-        engine = bench.place.engine(peer)
-        if engine is None:
-            entry.reason = bench.place.reasons[peer.name]
-        elif (call := _start(entry, engine, batches, expected)) is not None:
-            calls[peer.name] = call
-    for name, make in ((FLOOR, None), (PREPACKED, prepacked)):
-        entry = Entry(name)
-        record.entries.append(entry)
+        contender = bench.field.contender(peer.name)
+        if contender is None:
+            entry.reason = bench.field.missing[peer.name]
+            continue
         try:
-            model = reference.model  # type: ignore[attr-defined]
-            calls[name] = floor(model, tokens) if make is None else floor(model, tokens, make)
-            calls[name]()
-        except Exception as error:  # another build of torch
-            entry.reason = f"{type(error).__name__}: {str(error).strip()[:300]}"
-            calls.pop(name, None)
-    medians, record.rounds = bench.time(calls, min_rounds)
+            if not is_floor(peer.name):
+                start = time.perf_counter()
+                verify(entry, bench.field.states(peer.name, travelling), expected, batches)
+                entry.first_seconds = time.perf_counter() - start
+            if entry.reason is None:
+                contender.do(Worker.prepare, travelling)
+                turns[peer.name] = contender.turn
+        except LostError as error:  # ours shows as a problem of the row
+            entry.reason = str(error)
+    medians, record.rounds = bench.time(turns, min_rounds)
     for entry in record.entries:
         entry.seconds = medians.get(entry.name)
     record.set_ratios()
     judge(record)
-
-
-def _start(
-    entry: Entry, engine: Engine, batches: Sequence[Batch], expected: Sequence[Tensor]
-) -> Callable[[], None] | None:
-    """The call to time, after a pass that verifies; None where there is nothing to time."""
-    start = time.perf_counter()
-    try:
-        verify(entry, engine.states(batches), expected, batches)
-        entry.first_seconds = time.perf_counter() - start
-        if entry.reason is None:
-            return engine.work(batches)
-    except Exception as error:  # ours shows as a problem of the row
-        entry.reason = f"{type(error).__name__}: {str(error).strip()[:300]}"
-    return None
 
 
 def judge(record: Record) -> None:

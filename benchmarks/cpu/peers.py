@@ -7,21 +7,21 @@ import statistics
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 import bert_fast
 from bert_fast.cli import models
 
-from ..calls import Batch
+from ..calls import Batch, Linear, floor, plain, prepacked
 from ..workloads import ragged_lengths, token_batches
 from .convert import CPU, MINILM, REPORT
-from .report import OURS, OURS_BF16, OURS_INT8, Precision
+from .report import FLOOR, OURS, OURS_BF16, OURS_INT8, PREPACKED, Precision
 
 SDPA = "transformers SDPA"
 MAX_TEXTS = 32
@@ -62,24 +62,19 @@ class Engine(ABC):
         return [self.hidden(self.call(self.inputs(batch))) for batch in batches]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Place:
     """A model's folder, and what runs it with so many threads.
 
     Attributes:
         root: where the model's folder is.
         name: of the model and its folder.
-        engine_seconds: how long each took to load.
-        reasons: why an engine is missing.
     """
 
     root: Path
     name: str
     threads: int
     is_dry: bool
-    engine_seconds: dict[str, float] = field(default_factory=dict)
-    reasons: dict[str, str] = field(default_factory=dict)
-    _engines: dict[str, Engine] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -96,31 +91,6 @@ class Place:
         """Raises where the conversion failed."""
         if (reason := self.conversions()[target]["reason"]) is not None:
             raise RuntimeError(reason)
-
-    def facts(self) -> dict[str, Any]:
-        """What was made for each engine, how long that took, and why one is missing."""
-        settings = {name: engine.setting for name, engine in self._engines.items() if engine.setting is not None}
-        return {
-            "conversions": self.conversions(),
-            "load_seconds": self.engine_seconds,
-            "settings": settings,
-            "missing": self.reasons,
-        }
-
-    def engine(self, peer: Peer) -> Engine | None:
-        """The peer's engine; None where it is missing, with the reason in `reasons`."""
-        if peer.name not in self._engines and peer.name not in self.reasons:
-            start = time.perf_counter()
-            try:
-                if peer.only is not None and peer.only != self.name:
-                    raise RuntimeError(f"measured with {peer.only} alone")
-                with models.quiet():
-                    self._engines[peer.name] = peer.make(self)
-            except Exception as error:  # a library may be missing, or an argument not be there yet
-                kind = "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "
-                self.reasons[peer.name] = f"{kind}{str(error).strip()[:300]}"
-            self.engine_seconds[peer.name] = time.perf_counter() - start
-        return self._engines.get(peer.name)
 
     def quickest(self, engines: dict[str, Engine]) -> Engine:
         """The fastest on eight ragged texts."""
@@ -184,6 +154,17 @@ def ours_in_bf16(place: Place) -> Engine:
     return Torch(bert_fast.swap(place.load(), bf16=True))
 
 
+class Floor(Torch):
+    """The model's matrix products alone."""
+
+    def __init__(self, model: Any, make: Callable[[nn.Linear, int], Linear]) -> None:
+        super().__init__(model)
+        self.make = make
+
+    def work(self, batches: Sequence[Batch]) -> Callable[[], None]:
+        return floor(self.model, [int(batch["attention_mask"].sum()) for batch in batches], self.make)
+
+
 class OnnxRuntime(Engine):
     def __init__(self, path: Path, threads: int) -> None:
         import onnxruntime
@@ -226,7 +207,7 @@ class OpenVino(Engine):
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": 1,
             "PERFORMANCE_HINT": "LATENCY",
-            "ENABLE_CPU_PINNING": False,  # the other peers run in this process
+            "ENABLE_CPU_PINNING": False,  # no other contender is pinned to cores
         }
         self.request = openvino.Core().compile_model(path, "CPU", options).create_infer_request()
 
@@ -314,7 +295,7 @@ class SentenceTransformers(Engine):
         return [ids[mask != 0] for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
 
 
-# Ours first; transformers is the reference.
+# Ours first, the floors last; transformers is the reference.
 PEERS = (
     Peer(OURS, ours),
     Peer(OURS_BF16, ours_in_bf16, "bf16"),
@@ -330,5 +311,7 @@ PEERS = (
     Peer("ONNX Runtime int8", lambda place: onnx_runtime(place, "-int8"), "int8"),
     Peer("OpenVINO int8", openvino_int8, "int8"),
     Peer("CTranslate2 int8", lambda place: CTranslate2(place, "int8"), "int8"),
+    Peer(FLOOR, lambda place: Floor(place.load(), plain)),
+    Peer(PREPACKED, lambda place: Floor(place.load(), prepacked)),
 )
 BY_NAME = {peer.name: peer for peer in PEERS}

@@ -15,9 +15,10 @@ from bert_fast.cli import models
 
 from ..calls import Batch, training_pair, training_step
 from ..workloads import ragged_lengths, token_batches
+from .contenders import LostError, Worker, arrays, timed
 from .convert import BASE, CPU, MINILM
 from .measure import MIN_ROUNDS, Bench, measure, pooled, verify
-from .peers import BY_NAME, MAX_TEXTS, PEERS, SDPA
+from .peers import MAX_TEXTS, PEERS, SDPA
 from .report import OURS, Entry, Record
 
 GRID = "grid"
@@ -69,7 +70,7 @@ def training(bench: Bench, record: Record) -> None:
         torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-3, atol=1e-5)
     for model in (original, swapped):
         model.train()
-    medians, record.rounds = bench.time(steps, MIN_ROUNDS)
+    medians, record.rounds = bench.time({name: timed(step) for name, step in steps.items()}, MIN_ROUNDS)
     for entry in record.entries:
         entry.seconds = medians[entry.name]
     record.set_ratios()
@@ -113,18 +114,16 @@ def accuracy(bench: Bench, record: Record, path: Path | None) -> None:
         for batch in models.batches(tokenizer, [texts[index] for index in order], MAX_TEXTS, 256, CPU)
     ]
     record.facts = {"pairs": len(pairs), "useful_tokens": sum(int(b["attention_mask"].sum()) for b in batches)}
+    travelling = arrays(batches)
     for peer in PEERS:
         if peer.precision == "fp32" and peer.name not in (OURS, SDPA):
             continue
         entry = Entry(peer.name, peer.precision)
         record.entries.append(entry)
-        if (engine := bench.place.engine(peer)) is None:
-            entry.reason = bench.place.reasons[peer.name]
-            continue
         try:
-            states = engine.states(batches)
-        except Exception as error:
-            entry.reason = f"{type(error).__name__}: {str(error).strip()[:300]}"
+            states = bench.field.states(peer.name, travelling)
+        except LostError as error:
+            entry.reason = str(error)
             continue
         vectors = torch.cat([pooled(hidden, batch) for hidden, batch in zip(states, batches, strict=True)])
         in_order = torch.empty_like(vectors)
@@ -139,7 +138,7 @@ def accuracy(bench: Bench, record: Record, path: Path | None) -> None:
 @torch.inference_mode()
 def grid(bench: Bench, record: Record) -> None:
     """Never slower than transformers: full rows, ours against it alone, cell by cell."""
-    engines = {name: bench.place.engine(BY_NAME[name]) for name in (OURS, SDPA)}
+    contenders = {name: bench.field.needed(name) for name in (OURS, SDPA)}
     cells = [(b, n) for b in GRID_BATCHES for n in GRID_LENGTHS]
     if bench.is_dry:
         cells = [(1, 8), (2, 8)]
@@ -148,14 +147,17 @@ def grid(bench: Bench, record: Record) -> None:
         if (count, length) in record.facts["skipped"]:
             continue
         batches: list[Batch] = token_batches(torch.full((count,), length), count)
-        states = {name: engine.states(batches) for name, engine in engines.items() if engine is not None}
+        travelling = arrays(batches)
+        states = {name: bench.field.states(name, travelling) for name in contenders}
         entry = Entry(OURS)
         verify(entry, states[OURS], states[SDPA], batches)
         if entry.reason is not None:
             record.problem = f"{count} x {length}: {entry.reason}"
             return
-        calls = {name: engine.work(batches) for name, engine in engines.items() if engine is not None}
-        medians, rounds = bench.time(calls, MIN_ROUNDS if count * length <= 2048 else 3)
+        for contender in contenders.values():
+            contender.do(Worker.prepare, travelling)
+        turns = {name: contender.turn for name, contender in contenders.items()}
+        medians, rounds = bench.time(turns, MIN_ROUNDS if count * length <= 2048 else 3)
         record.cells.append(
             {
                 "batch": count,

@@ -1,8 +1,7 @@
-"""One run: the conversions in one process, then a process for each number of threads."""
+"""One run: the conversions in one process, then, for each number of threads, one that has the contenders' processes."""
 
 from __future__ import annotations
 
-import gc
 import json
 import multiprocessing
 import os
@@ -19,6 +18,7 @@ import torch
 from rich.console import Console
 
 from ..facts import commit, processor, versions, write_json
+from .contenders import Field
 from .convert import BASE, MINILM, convert
 from .measure import Bench
 from .peers import Place
@@ -69,23 +69,27 @@ def measure_rows(
     console = Console(width=150)
     found: dict[str, Any] = {"threads": threads, "instruction_set": _C.instruction_set(), "engines": {}, "rows": []}
     found["not_run"] = list(names)
-    place: Place | None = None
-    for row in rows(stsb):
-        if row.name not in names or (time.time() > deadline and not is_dry):
-            continue
-        if place is None or place.name != row.model:
-            place = Place(root, row.model, threads, is_dry)
-            torch.compiler.reset()
-            gc.collect()  # the last model's engines
-        record = run_row(Bench(place, deadline), row)
-        console.print(
-            f"{threads} thread{'s' * (threads > 1)}  {row.name}: {_outcome(record)}", markup=False, highlight=False
-        )
-        found["rows"].append(record.to_dict())
-        found["not_run"].remove(row.name)
-        found["engines"][row.model] = place.facts()
+    field: Field | None = None
+    try:
+        for row in rows(stsb):
+            if row.name not in names or (time.time() > deadline and not is_dry):
+                continue
+            if field is None or field.place.name != row.model:
+                if field is not None:
+                    field.close()
+                field = Field(Place(root, row.model, threads, is_dry))
+            record = run_row(Bench(field, deadline), row)
+            console.print(
+                f"{threads} thread{'s' * (threads > 1)}  {row.name}: {_outcome(record)}", markup=False, highlight=False
+            )
+            found["rows"].append(record.to_dict())
+            found["not_run"].remove(row.name)
+            found["engines"][row.model] = field.facts()
+            write_json(part, without_paths(found))
         write_json(part, without_paths(found))
-    write_json(part, without_paths(found))
+    finally:
+        if field is not None:
+            field.close()
 
 
 def without_paths(content: Any) -> Any:
@@ -120,7 +124,7 @@ def run(
     """
     Args:
         out: receives the result.
-        threads: numbers of threads, one process each.
+        threads: numbers of threads, measured one after another.
         chosen: rows to measure.
         minutes: after which no row is begun.
         is_dry: tiny sizes, one round.
