@@ -27,7 +27,7 @@ from benchmarks.cpu import report as reports
 from benchmarks.cpu.__main__ import main
 from benchmarks.cpu.contenders import Contender, Field, LostError, Worker, arrays, timed
 from benchmarks.cpu.convert import REPORT, write_model
-from benchmarks.cpu.measure import Bench, judge, pooled, verify
+from benchmarks.cpu.measure import Bench, judge, pooled, quartiles, verify
 from benchmarks.cpu.peers import BY_NAME, PEERS, SDPA, Engine, Place
 from benchmarks.cpu.report import FLOOR, OURS, OURS_INT8, PREPACKED, Entry, Record
 from benchmarks.cpu.rows import ACCURACY, GRID, Row, chosen, read_pairs, rows
@@ -208,9 +208,9 @@ def bench(seconds: float, is_dry: bool = False) -> Bench:
 def test_rounds_take_turns() -> None:
     order = []
     turns = {name: timed(lambda name=name: order.append(name)) for name in "abc"}  # type: ignore[misc]
-    medians, rounds = bench(60, is_dry=True).time(turns, 7)
+    times, rounds = bench(60, is_dry=True).time(turns, 7)
     assert (order, rounds) == (2 * ["a", "b", "c"], 1)  # one to warm up
-    assert list(medians) == ["a", "b", "c"]
+    assert list(times) == ["a", "b", "c"]
 
 
 def test_rounds_end_with_the_time() -> None:
@@ -224,10 +224,10 @@ def test_short_calls_are_repeated() -> None:
 
     def turn(repeats: int) -> float:
         asked.append(repeats)
-        return 0.01
+        return 0.01 if len(asked) > 1 else 0.4
 
-    assert bench(-1).time({"a": turn}, 7) == ({"a": 0.01}, 1)
-    assert asked == [1, 5]  # fill 0.05 seconds
+    assert bench(-1).time({"a": turn}, 7) == ({"a": [0.01] * 3}, 1)
+    assert asked == [1, 1, 1, 5]  # fill 0.05 seconds; the first call was slow
     calls = []
     timed(lambda: calls.append(1))(3)
     assert len(calls) == 6  # as many to warm up
@@ -353,9 +353,10 @@ def test_floor_runs_the_layers_products(make: Any, monkeypatch: pytest.MonkeyPat
 
 def test_ratios_are_the_peers_times_over_ours() -> None:
     entries = [Entry(OURS, seconds=2.0), Entry(OURS_INT8, "int8", 1.0), Entry("a", seconds=6.0)]
-    entries += [Entry("b", "int8", 3.0), Entry("c", reason="no"), Entry("d", "bf16", 4.0), Entry(FLOOR, seconds=1.0)]
+    entries += [Entry("b", "int8", 3.0), Entry("c", reason="no"), Entry("d", "bf16", 4.0), Entry(FLOOR)]
     record = Record("MiniLM: full 128", "MiniLM", 7, entries)
-    record.set_ratios()
+    record.set_times({FLOOR: quartiles([4.0, 1.0, 0.0])})
+    assert entries[-1].quartiles == [0.5, 1.0, 2.5]
     assert [entry.ratio for entry in record.entries] == [1.0, 0.5, 3.0, 1.5, None, 2.0, 0.5]
     assert [entry.ratio_same for entry in record.entries] == [1.0, 1.0, 3.0, 3.0, None, None, 0.5]
     assert [record.best(precision) for precision in ("fp32", "bf16", "int8")] == ["a", "d", "b"]

@@ -45,14 +45,14 @@ class Bench:
     def is_dry(self) -> bool:
         return self.place.is_dry
 
-    def time(self, turns: Mapping[str, Callable[[int], float]], min_rounds: int) -> tuple[dict[str, float], int]:
-        """Median seconds of a call of each, taking turns, and the number of rounds; a round before those warms up.
+    def time(self, turns: Mapping[str, Callable[[int], float]], min_rounds: int) -> tuple[dict[str, list[float]], int]:
+        """Quartiles of the seconds of a call of each, taking turns, and the number of rounds; a round before warms up.
 
         Args:
             turns: name -> function that calls so often and gives the mean seconds.
             min_rounds: unless the deadline comes first.
         """
-        repeats = {name: self._repeats(turn(1)) for name, turn in turns.items()}
+        repeats = {name: self._repeats(turn) for name, turn in turns.items()}
         times: dict[str, list[float]] = {name: [] for name in turns}
         start, rounds = time.time(), 0
         while rounds < (1 if self.is_dry else MAX_ROUNDS):
@@ -64,10 +64,18 @@ class Bench:
                     time.sleep(PAUSE)
                 times[name].append(turn(repeats[name]))
             rounds += 1
-        return {name: statistics.median(found) for name, found in times.items()}, rounds
+        return {name: quartiles(found) for name, found in times.items()}, rounds
 
-    def _repeats(self, seconds: float) -> int:
-        return 1 if self.is_dry else max(1, min(50, round(TURN / seconds)))
+    def _repeats(self, turn: Callable[[int], float]) -> int:
+        seconds = turn(1)
+        if self.is_dry or seconds > 10 * TURN:
+            return 1
+        return max(1, min(50, round(TURN / min(turn(1), turn(1)))))  # the first may have met cold caches
+
+
+def quartiles(values: Sequence[float]) -> list[float]:
+    """The first, the median and the third."""
+    return [values[0]] * 3 if len(values) == 1 else statistics.quantiles(values, n=4, method="inclusive")
 
 
 def verify(entry: Entry, found: Sequence[Tensor], expected: Sequence[Tensor], batches: Sequence[Batch]) -> None:
@@ -124,10 +132,8 @@ def measure(bench: Bench, record: Record, batches: Sequence[Batch], min_rounds: 
                 turns[peer.name] = contender.turn
         except LostError as error:  # ours shows as a problem of the row
             entry.reason = str(error)
-    medians, record.rounds = bench.time(turns, min_rounds)
-    for entry in record.entries:
-        entry.seconds = medians.get(entry.name)
-    record.set_ratios()
+    times, record.rounds = bench.time(turns, min_rounds)
+    record.set_times(times)
     judge(record)
 
 

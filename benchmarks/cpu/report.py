@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -39,6 +39,7 @@ class Entry:
     Attributes:
         precision: of its products.
         seconds: median of one pass over the workload; None where it was not timed.
+        quartiles: the first, the median and the third.
         ratio, ratio_same: its time over ours in fp32, and over ours in its own precision.
         difference: largest absolute difference of a real token's hidden state to transformers'; for vectors alone,
             of a mean-pooled vector.
@@ -51,6 +52,7 @@ class Entry:
     name: str
     precision: Precision = "fp32"
     seconds: float | None = None
+    quartiles: list[float] | None = None
     ratio: float | None = None
     ratio_same: float | None = None
     difference: float | None = None
@@ -86,6 +88,14 @@ class Record:
 
     def entry(self, name: str) -> Entry | None:
         return next((entry for entry in self.entries if entry.name == name), None)
+
+    def set_times(self, times: Mapping[str, list[float]]) -> None:
+        """Quartiles by name into the entries, and the ratios."""
+        for entry in self.entries:
+            if entry.name in times:
+                entry.quartiles = times[entry.name]
+                entry.seconds = entry.quartiles[1]
+        self.set_ratios()
 
     def set_ratios(self) -> None:
         for entry in self.entries:
