@@ -35,6 +35,7 @@ def attention(
     seed: int,
     stream: int,
     dropout_p: float,
+    bias: Array | None,
     out: Array,
     log_sum_exp: Array,
     threads: int,
@@ -51,9 +52,11 @@ def attention_backward(
     seed: int,
     stream: int,
     dropout_p: float,
+    bias: Array | None,
     grad_q: Array,
     grad_k: Array,
     grad_v: Array,
+    grad_bias: Array | None,
     threads: int,
 ) -> None: ...
 def layer_norm(
@@ -82,7 +85,7 @@ def layer_norm_backward(
 def embedding(
     word: Array,
     position: Array,
-    token_type: Array,
+    token_type: Array | None,
     ids: Array,
     positions: Array,
     token_types: Array | None,
@@ -122,7 +125,14 @@ class Encoder:
     ) -> None: ...
     def is_current(self) -> bool: ...
     def run(
-        self, x: Array, tiles: Array, tile_size: int, rows: Array | None, outputs: list[Array], threads: int
+        self,
+        x: Array,
+        tiles: Array,
+        tile_size: int,
+        rows: Array | None,
+        outputs: list[Array],
+        threads: int,
+        bias: Array | None = None,
     ) -> None: ...
 
 class Guard:

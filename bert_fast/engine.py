@@ -233,6 +233,7 @@ def encode(
     hidden: Tensor,
     batch: PackedBatch,
     *,
+    bias: Tensor | None = None,
     needs_all: bool = False,
     rows: Tensor | None = None,
 ) -> list[Tensor] | None:
@@ -243,6 +244,7 @@ def encode(
         stack: its layers.
         hidden: (tokens, hidden_size), the embeddings.
         batch: the boundaries.
+        bias: of the scores, by relative position; see functional.attention.
         needs_all: whether every layer's output is wanted.
         rows: (rows,) int64, the packed rows for which the last layer's output is wanted; None: all.
 
@@ -274,6 +276,7 @@ def encode(
         in_order,
         [output.numpy() for output in (*before, last)],
         torch.get_num_threads(),
+        None if bias is None else ops.host_array(bias.detach().float().contiguous()),
     )
     if order is not None:
         last = torch.empty_like(last).index_copy_(0, order, last)

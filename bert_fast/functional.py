@@ -81,7 +81,7 @@ def attention(
         seed: (1,) int64 on q's device, from draw_seed; None: drawn. The torch path draws from torch's generator.
         stream: number of the place, so that one seed serves many.
         bias: (heads, 2 * reach + 1), reach at least max_seqlen - 1: rows i and j of a sequence get column
-            j - i + reach added to their score (relative positions). Differentiable; without a kernel in C++.
+            j - i + reach added to their score (relative positions). Differentiable.
 
     Returns:
         (tokens, heads, head_size) in q's dtype. A sequence without keys gives zeros.
@@ -119,7 +119,7 @@ def attention(
         tiles = make_tiles(cu_seqlens).to(q.device)
     scale = q.shape[2] ** -0.5 if scale is None else scale
     path = ops.choose("attention", q.device.type, q.dtype, q.shape[2]).path
-    if path == "torch" or (path == "cpp" and bias is not None):
+    if path == "torch":
         return _torch_attention(q, k, v, cu_seqlens, tiles, max_seqlen, scale, dropout_p, bias)
     seed = _seed(seed, dropout_p, q.device)
     if _needs_dispatcher(q, k, v, bias):
@@ -312,7 +312,7 @@ def _padding_entry(name: str, entry: int | None, entries: int) -> int:
 def embedding(
     word: Tensor,
     position: Tensor,
-    token_type: Tensor,
+    token_type: Tensor | None,
     ids: Tensor,
     positions: Tensor,
     token_types: Tensor | None,
@@ -332,7 +332,7 @@ def embedding(
     torch's lookups and layer_norm.
 
     Args:
-        word, position, token_type: (entries, width), one dtype.
+        word, position, token_type: (entries, width), one dtype; token_type None: the sum is of the other two.
         ids, positions, token_types: (tokens,) integers; token_types None: 0 everywhere. On a GPU an index outside its
             table gives a row of NaN, elsewhere IndexError.
         weight, bias: (width,).
@@ -346,11 +346,12 @@ def embedding(
         (tokens, width) in the tables' dtype; under CUDA autocast float32.
 
     Raises:
-        ValueError: tables of other widths or dtypes, indices of other shapes; dropout_p outside [0, 1).
+        ValueError: tables of other widths or dtypes, indices of other shapes; token_types without a table; dropout_p
+            outside [0, 1).
     """
     width = word.shape[-1]
     for name, table in (("position", position), ("token_type", token_type)):
-        if table.dim() != 2 or table.shape[1] != width or table.dtype != word.dtype:
+        if table is not None and (table.dim() != 2 or table.shape[1] != width or table.dtype != word.dtype):
             raise ValueError(
                 f"{name} has shape {tuple(table.shape)} and {table.dtype}; (entries, {width}) and {word.dtype} "
                 "are needed"
@@ -365,6 +366,8 @@ def embedding(
             f"ids, positions and token_types have shapes {tuple(ids.shape)}, {tuple(positions.shape)} and "
             f"{None if token_types is None else tuple(token_types.shape)}; one shape (tokens,) is needed"
         )
+    if token_type is None and token_types is not None:
+        raise ValueError(f"token_types has shape {tuple(token_types.shape)}, but token_type is None; None is allowed")
     _check_dropout(dropout_p)
     is_float32_wanted = word.device.type == "cuda" and torch.is_autocast_enabled("cuda") and word.dtype != torch.float32
     if is_float32_wanted or ops.choose("embedding", word.device.type, word.dtype, width).path != "triton":
@@ -372,14 +375,15 @@ def embedding(
         if (
             dropout_p == 0.0
             and not _needs_dispatcher(*parts)
-            and all(x.dtype == torch.float32 and x.device.type == "cpu" for x in parts)
+            and all(x is None or (x.dtype == torch.float32 and x.device.type == "cpu") for x in parts)
             and ops.choose("layer_norm", "cpu", torch.float32, width).path == "cpp"
         ):
             return ops.launch_embedding_on_cpu(
                 word, position, token_type, ids, positions, token_types, weight, bias, eps
             )
-        types = token_type[0] if token_types is None else F.embedding(token_types, token_type)
-        x = F.embedding(ids, word, padding_idx) + types
+        x = F.embedding(ids, word, padding_idx)
+        if token_type is not None:
+            x = x + (token_type[0] if token_types is None else F.embedding(token_types, token_type))
         y = layer_norm(F.embedding(positions, position, position_padding_idx), weight, bias, eps, x)
         return F.dropout(y, dropout_p)
     tables = (word, position, token_type, ids, positions, token_types)

@@ -170,7 +170,11 @@ def _layer_seed(parts: EncoderLayerParts, x: Tensor) -> Tensor | None:
 
 
 def encoder_layer(
-    parts: EncoderLayerParts, hidden_states: Tensor, batch: PackedBatch, rows: Tensor | None = None
+    parts: EncoderLayerParts,
+    hidden_states: Tensor,
+    batch: PackedBatch,
+    rows: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """One post-norm encoder layer (Devlin et al. 2018; Vaswani et al. 2017, section 3.1) on packed rows.
 
@@ -180,6 +184,7 @@ def encoder_layer(
         batch: the boundaries.
         rows: (rows,) int64, the packed rows whose result is needed; None: all. Everything after attention runs on
             these alone.
+        bias: of the scores, by relative position; see functional.attention.
 
     Returns:
         (tokens or rows, hidden_size).
@@ -196,6 +201,7 @@ def encoder_layer(
         dropout_p=parts.attention_dropout_p,
         seed=seed,
         stream=0,
+        bias=bias,
     ).flatten(1)
     if rows is not None:
         context, hidden_states = context.index_select(0, rows), hidden_states.index_select(0, rows)
@@ -253,7 +259,7 @@ class EmbeddingParts(Protocol):
     @property
     def position(self) -> nn.Module: ...
     @property
-    def token_type(self) -> nn.Module: ...
+    def token_type(self) -> nn.Module | None: ...
     @property
     def norm(self) -> nn.Module: ...
     @property
@@ -270,15 +276,15 @@ def _is_plain_table(table: nn.Module) -> bool:
 
 def _can_be_fused(parts: EmbeddingParts) -> bool:
     """Whether functional.embedding does what the parts do one after another."""
-    tables = (parts.word, parts.position, parts.token_type)
+    tables = [table for table in (parts.word, parts.position, parts.token_type) if table is not None]
     if not (is_plain_norm(parts.norm) and all(map(_is_plain_table, tables))):
         return False
     dtypes = {cast("nn.Embedding", part).weight.dtype for part in (*tables, parts.norm)}
-    return len(dtypes) == 1 and cast("nn.Embedding", parts.token_type).padding_idx is None
+    return len(dtypes) == 1 and getattr(parts.token_type, "padding_idx", None) is None
 
 
 def embed(parts: EmbeddingParts, batch: PackedBatch, inputs_embeds: Tensor | None = None) -> Tensor:
-    """Word, token-type and position embeddings, normalised (Devlin et al. 2018, figure 2).
+    """Word, token-type (if there are any) and position embeddings, normalised (Devlin et al. 2018, figure 2).
 
     Args:
         parts: its modules.
@@ -290,21 +296,25 @@ def embed(parts: EmbeddingParts, batch: PackedBatch, inputs_embeds: Tensor | Non
     """
     rate = dropout_rate(parts.dropout)
     if inputs_embeds is None and rate is not None and _can_be_fused(parts):
-        word, position, token_type = (cast("nn.Embedding", x) for x in (parts.word, parts.position, parts.token_type))
+        word, position = (cast("nn.Embedding", x) for x in (parts.word, parts.position))
+        token_type = None if parts.token_type is None else cast("nn.Embedding", parts.token_type).weight
         norm = cast("nn.LayerNorm", parts.norm)
         assert batch.ids is not None
         if word.weight.device.type == "cpu" or has_kernel("embedding", word.weight):
             return functional.embedding(
-                word.weight, position.weight, token_type.weight, batch.ids, batch.positions, batch.token_types,
+                word.weight, position.weight, token_type, batch.ids, batch.positions, batch.token_types,
                 norm.weight, norm.bias, norm.eps, padding_idx=word.padding_idx,
                 position_padding_idx=position.padding_idx, dropout_p=rate,
             )  # fmt: skip
     words = parts.word(batch.ids) if inputs_embeds is None else inputs_embeds
-    if batch.token_types is not None:
+    if parts.token_type is None:
+        types = None
+    elif batch.token_types is not None:
         types = parts.token_type(batch.token_types)
     elif is_plain(parts.token_type, nn.Embedding):
         assert isinstance(parts.token_type, nn.Embedding)
         types = parts.token_type.weight[0]
     else:
         types = parts.token_type(torch.zeros_like(batch.positions))
-    return drop(parts.dropout, normalise(parts.norm, parts.position(batch.positions), words + types))
+    x = words if types is None else words + types
+    return drop(parts.dropout, normalise(parts.norm, parts.position(batch.positions), x))

@@ -46,11 +46,16 @@ def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Te
     return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Attention of queries (queries, heads, size) over keys and values (keys, heads, size); zeros without a key."""
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    """Attention of queries (queries, heads, size) over keys and values (keys, heads, size); zeros without a key.
+
+    `bias` (heads, queries, keys) is added to the scores.
+    """
     if k.shape[0] == 0:
         return torch.zeros_like(q)
     scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+    if bias is not None:
+        scores = scores + bias
     return torch.einsum("hqk,khd->qhd", torch.softmax(scores, -1), v)
 
 
@@ -84,18 +89,20 @@ def bert(
     token_type_ids: Tensor | None = None,
     position_ids: Tensor | None = None,
     inputs_embeds: Tensor | None = None,
+    score_bias: Tensor | None = None,
 ) -> ReferenceOutput:
     """The encoder of Devlin et al. (2018) on a padded batch; no dropout.
 
     Args:
         weights: tensors under Hugging Face's BertModel names ("encoder.layer.0.attention.self.query.weight", ...), and
-            ELECTRA's projection of the embeddings, if there is one.
+            ELECTRA's projection of the embeddings, if there is one; there may be no token types.
         config: sizes; hidden_act and layer_norm_eps matter here.
         input_ids: (batch, length), or None with inputs_embeds (batch, length, hidden_size).
         attention_mask: (batch, length), not zero where a token is attended to; None: everywhere. Other tokens are
             computed all the same, as queries.
         token_type_ids: (batch, length); None: zeros.
         position_ids: (batch or 1, length); None: the column.
+        score_bias: (heads, length, length), added to attention's scores.
     """
     words = weights["embeddings.word_embeddings.weight"]
     embedded = words[input_ids] if inputs_embeds is None else inputs_embeds
@@ -103,7 +110,8 @@ def bert(
     types = torch.zeros(batch, length, dtype=torch.long) if token_type_ids is None else token_type_ids
     columns = torch.arange(length)[None] if position_ids is None else position_ids
     valid = torch.ones(batch, length) if attention_mask is None else attention_mask
-    embedded = embedded + weights["embeddings.token_type_embeddings.weight"][types]
+    if "embeddings.token_type_embeddings.weight" in weights:
+        embedded = embedded + weights["embeddings.token_type_embeddings.weight"][types]
     embedded = embedded + weights["embeddings.position_embeddings.weight"][columns]
 
     def normalise(name: str, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -125,7 +133,8 @@ def bert(
         context = []
         for row in range(batch):
             keys = torch.nonzero(valid[row]).flatten()
-            context.append(attend(q[row], k[row, keys], v[row, keys], 1 / math.sqrt(config.head_size)).flatten(1))
+            bias = None if score_bias is None else score_bias[:, :, keys]
+            context.append(attend(q[row], k[row, keys], v[row, keys], 1 / math.sqrt(config.head_size), bias).flatten(1))
         attended = linear(f"{layer}.attention.output.dense", torch.stack(context) if context else hidden)
         attended = normalise(f"{layer}.attention.output.LayerNorm", attended, hidden)
         expanded = gelu(linear(f"{layer}.intermediate.dense", attended), approximate=ACTIVATIONS[config.hidden_act])

@@ -296,18 +296,33 @@ const Tile* checked_tiles(const py::array& tiles, int64_t tile_size, int64_t tok
     return list;
 }
 
+// (heads, 2 * reach + 1), wide enough for the sequences of the tiles.
+cpu::RelativeBias relative_bias(const std::optional<py::array>& bias, int64_t heads, const Tile* tiles, int64_t num_tiles) {
+    if (!bias) return {};
+    check_rank(*bias, "bias", 2);
+    const int64_t width = bias->shape(1);
+    const cpu::RelativeBias result{input<float>(*bias, "bias", {heads, width}), width / 2};
+    int64_t longest = 1;
+    for (int64_t i = 0; i < num_tiles; ++i) longest = std::max<int64_t>(longest, tiles[i].num_rows);
+    if (width % 2 == 0 || result.reach < longest - 1)
+        fail("bias has shape " + shape_text(*bias) + "; (" + std::to_string(heads) + ", 2 * reach + 1) with reach at least " +
+             std::to_string(longest - 1) + " is needed");
+    return result;
+}
+
 cpu::AttentionShape attention_shape(const py::array& q, const py::array& tiles, int64_t tile_size, float scale,
-                                    const cpu::Dropout& dropout) {
+                                    const cpu::Dropout& dropout, const std::optional<py::array>& bias) {
     check_rank(q, "q", 3);
     const Tile* list = checked_tiles(tiles, tile_size, q.shape(0));
-    return {list, tiles.shape(0), tile_size, q.shape(0), q.shape(1), q.shape(2), scale, dropout};
+    return {list, tiles.shape(0), tile_size, q.shape(0), q.shape(1), q.shape(2), scale, dropout,
+            relative_bias(bias, q.shape(1), list, tiles.shape(0))};
 }
 
 void attention(const py::array& q, const py::array& k, const py::array& v, const py::array& tiles, int64_t tile_size,
-               float scale, int64_t seed, int64_t stream, double dropout_p, py::array& out, py::array& log_sum_exp,
-               int threads) {
+               float scale, int64_t seed, int64_t stream, double dropout_p, const std::optional<py::array>& bias,
+               py::array& out, py::array& log_sum_exp, int threads) {
     const cpu::AttentionShape shape =
-        attention_shape(q, tiles, tile_size, scale, make_dropout(seed, stream, dropout_p));
+        attention_shape(q, tiles, tile_size, scale, make_dropout(seed, stream, dropout_p), bias);
     const auto view = [&](const py::array& a, const char* name) {
         return heads_view(a, name, shape.tokens, shape.heads, shape.head_size);
     };
@@ -321,10 +336,12 @@ void attention(const py::array& q, const py::array& k, const py::array& v, const
 
 void attention_backward(const py::array& grad_out, const py::array& q, const py::array& k, const py::array& v,
                         const py::array& out, const py::array& tiles, int64_t tile_size,
-                        float scale, int64_t seed, int64_t stream, double dropout_p, py::array& grad_q,
-                        py::array& grad_k, py::array& grad_v, int threads) {
+                        float scale, int64_t seed, int64_t stream, double dropout_p,
+                        const std::optional<py::array>& bias, py::array& grad_q, py::array& grad_k, py::array& grad_v,
+                        std::optional<py::array>& grad_bias, int threads) {
     const cpu::AttentionShape shape =
-        attention_shape(q, tiles, tile_size, scale, make_dropout(seed, stream, dropout_p));
+        attention_shape(q, tiles, tile_size, scale, make_dropout(seed, stream, dropout_p), bias);
+    if (grad_bias && !bias) fail("grad_bias is given without bias");
     const auto view = [&](const py::array& a, const char* name) {
         return heads_view(a, name, shape.tokens, shape.heads, shape.head_size);
     };
@@ -334,7 +351,9 @@ void attention_backward(const py::array& grad_out, const py::array& q, const py:
     const cpu::ConstRows q_rows = view(q, "q"), k_rows = view(k, "k"), v_rows = view(v, "v"), out_rows = view(out, "out"),
                          grad_out_rows = view(grad_out, "grad_out");
     const cpu::AttentionGradients grads{view_output(grad_q, "grad_q"), view_output(grad_k, "grad_k"),
-                                        view_output(grad_v, "grad_v")};
+                                        view_output(grad_v, "grad_v"),
+                                        grad_bias ? output<float>(*grad_bias, "grad_bias", {shape.heads, shape.bias.width()})
+                                                  : nullptr};
     checked_threads(threads);
     py::gil_scoped_release release;
     cpu::kernels().attention_backward(shape, q_rows, k_rows, v_rows, out_rows, grad_out_rows, grads, threads);
@@ -390,23 +409,25 @@ const int64_t* indices_into(const py::array& indices, const char* name, int64_t 
     return data;
 }
 
-void embedding(const py::array& word, const py::array& position, const py::array& token_type, const py::array& ids,
-               const py::array& positions, const std::optional<py::array>& token_types, const py::array& weight,
-               const py::array& bias, float eps, py::array& out, int threads) {
+void embedding(const py::array& word, const py::array& position, const std::optional<py::array>& token_type,
+               const py::array& ids, const py::array& positions, const std::optional<py::array>& token_types,
+               const py::array& weight, const py::array& bias, float eps, py::array& out, int threads) {
     check_rank(word, "word", 2);
     check_rank(position, "position", 2);
-    check_rank(token_type, "token_type", 2);
+    if (token_type) check_rank(*token_type, "token_type", 2);
+    if (token_types && !token_type) fail("token_types is given without token_type");
     check_rank(ids, "ids", 1);
     const int64_t tokens = ids.shape(0);
     const int64_t width = word.shape(1);
+    const int64_t types = token_type ? token_type->shape(0) : 0;
     const cpu::EmbeddingTables tables{input<float>(word, "word", {word.shape(0), width}),
                                       input<float>(position, "position", {position.shape(0), width}),
-                                      input<float>(token_type, "token_type", {token_type.shape(0), width})};
-    if (!token_types && token_type.shape(0) == 0) fail("token_type has no entries");
+                                      optional_input<float>(token_type, "token_type", {types, width})};
+    if (token_type && !token_types && types == 0) fail("token_type has no entries");
     const int64_t* id_data = indices_into(ids, "ids", tokens, word.shape(0));
     const int64_t* position_data = indices_into(positions, "positions", tokens, position.shape(0));
     const int64_t* type_data =
-        token_types ? indices_into(*token_types, "token_types", tokens, token_type.shape(0)) : nullptr;
+        token_types ? indices_into(*token_types, "token_types", tokens, types) : nullptr;
     const cpu::Norm norm{input<float>(weight, "weight", {width}), input<float>(bias, "bias", {width}), eps};
     float* out_data = output<float>(out, "out", {tokens, width});
     checked_threads(threads);
@@ -536,11 +557,14 @@ void add_encoder_layer(Encoder& encoder, const std::vector<py::array>& arrays, f
 }
 
 void run_encoder(const Encoder& encoder, const py::array& x, const py::array& tiles, int64_t tile_size,
-                 const std::optional<py::array>& rows, std::vector<py::array>& outputs, int threads) {
+                 const std::optional<py::array>& rows, std::vector<py::array>& outputs, int threads,
+                 const std::optional<py::array>& bias) {
     check_rank(x, "x", 2);
     const int64_t tokens = x.shape(0);
     const float* x_data = input<float>(x, "x", {tokens, encoder.hidden_size()});
-    Encoder::Batch batch{checked_tiles(tiles, tile_size, tokens), tiles.shape(0), tile_size, tokens, nullptr, 0};
+    const Tile* list = checked_tiles(tiles, tile_size, tokens);
+    Encoder::Batch batch{list, tiles.shape(0), tile_size, tokens, nullptr, 0,
+                         relative_bias(bias, encoder.num_heads(), list, tiles.shape(0))};
     if (rows) {
         check_rank(*rows, "rows", 1);
         batch.num_rows = rows->shape(0);
@@ -589,10 +613,11 @@ PYBIND11_MODULE(_C, module) {
                py::arg("threads"));
     module.def("attention", &attention, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("tiles"),
                py::arg("tile_size"), py::arg("scale"), py::arg("seed"), py::arg("stream"), py::arg("dropout_p"),
-               py::arg("out"), py::arg("log_sum_exp"), py::arg("threads"));
+               py::arg("bias"), py::arg("out"), py::arg("log_sum_exp"), py::arg("threads"));
     module.def("attention_backward", &attention_backward, py::arg("grad_out"), py::arg("q"), py::arg("k"), py::arg("v"),
                py::arg("out"), py::arg("tiles"), py::arg("tile_size"), py::arg("scale"), py::arg("seed"), py::arg("stream"),
-               py::arg("dropout_p"), py::arg("grad_q"), py::arg("grad_k"), py::arg("grad_v"), py::arg("threads"));
+               py::arg("dropout_p"), py::arg("bias"), py::arg("grad_q"), py::arg("grad_k"), py::arg("grad_v"),
+               py::arg("grad_bias"), py::arg("threads"));
     module.def("layer_norm", &layer_norm, py::arg("x"), py::arg("residual"), py::arg("weight"), py::arg("bias"),
                py::arg("eps"), py::arg("y"), py::arg("mean"), py::arg("rstd"), py::arg("threads"));
     module.def("layer_norm_backward", &layer_norm_backward, py::arg("grad_y"), py::arg("x"),
@@ -614,7 +639,7 @@ PYBIND11_MODULE(_C, module) {
              py::arg("are_narrow"), py::arg("watched"), py::arg("threads"))
         .def("is_current", &Encoder::is_current)
         .def("run", &run_encoder, py::arg("x"), py::arg("tiles"), py::arg("tile_size"), py::arg("rows"),
-             py::arg("outputs"), py::arg("threads"));
+             py::arg("outputs"), py::arg("threads"), py::arg("bias") = py::none());
     py::class_<Guard>(module, "Guard")
         .def(py::init<>())
         .def("expect_type", &Guard::expect_type, py::arg("instance"))

@@ -81,6 +81,7 @@ void Encoder::run(const Batch& batch, const float* input, const std::vector<floa
     shape.attention.num_tiles = batch.num_tiles;
     shape.attention.tile_size = batch.tile_size;
     shape.attention.tokens = batch.tokens;
+    shape.attention.bias = batch.bias;
     shape.rows = batch.rows;
     shape.num_rows = batch.num_rows;
     const Buffer<float> workspace(cpu::kernels().encoder_workspace(shape, threads));

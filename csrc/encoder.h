@@ -48,8 +48,8 @@ class Encoder {
     bool has_narrow() const { return shape_.narrow != cpu::Narrow::none; }
     int64_t num_layers() const { return static_cast<int64_t>(layers_.size()); }
     int64_t hidden_size() const { return shape_.hidden_size; }
-    int64_t num_heads() const { return shape_.attention.heads; }
     int64_t head_size() const { return shape_.attention.head_size; }
+    int64_t num_heads() const { return shape_.attention.heads; }
     int64_t intermediate_size() const { return shape_.intermediate_size; }
 
     struct Batch {
@@ -59,6 +59,7 @@ class Encoder {
         int64_t tokens;
         const int64_t* rows;  // of the last layer, see cpu::EncoderShape; null: all
         int64_t num_rows;
+        cpu::RelativeBias bias;
     };
 
     // outputs: one array (tokens, hidden_size) a layer, the last one (num_rows, hidden_size) where rows are given.

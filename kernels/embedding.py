@@ -1,7 +1,7 @@
-"""Word + position + token-type embeddings, LayerNorm and dropout on packed ids, forward and backward.
+"""Word + position (+ token-type) embeddings, LayerNorm and dropout on packed ids, forward and backward.
 
 Supported: tables in float32, float16, bfloat16; rows of 1 to MAX_LAYER_NORM_WIDTH features, contiguous. The forward
-pass is one kernel that gathers three rows and writes one. The backward pass gathers them again, so nothing but the
+pass is one kernel that gathers those rows and writes one. The backward pass gathers them again, so nothing but the
 statistics is kept, and gives the gradient of the sum; the tables' gradients are torch's embedding_dense_backward of it,
 which sorts the ids and so is deterministic.
 
@@ -25,21 +25,26 @@ class Tables(NamedTuple):
     """The embeddings (entries, width), of one dtype, and where they are looked up.
 
     Args:
-        word, position, token_type: the tables.
+        word, position, token_type: the tables; token_type None: the sum is of two.
         ids, positions: (rows,) int64 or int32.
         token_types: (rows,), or None: 0 everywhere.
     """
 
     word: torch.Tensor
     position: torch.Tensor
-    token_type: torch.Tensor
+    token_type: torch.Tensor | None
     ids: torch.Tensor
     positions: torch.Tensor
     token_types: torch.Tensor | None
 
     @property
     def entries(self) -> tuple[int, int, int]:
-        return self.word.shape[0], self.position.shape[0], self.token_type.shape[0]
+        types = 0 if self.token_type is None else self.token_type.shape[0]
+        return self.word.shape[0], self.position.shape[0], types
+
+    @property
+    def flags(self) -> dict[str, bool]:
+        return {"HAS_TABLE": self.token_type is not None, "HAS_TYPES": self.token_types is not None}
 
 
 @triton.jit
@@ -53,12 +58,12 @@ def _gather(table_ptr, entry, entries, column_idx, mask, width):
 @triton.jit
 def _sum_embeddings(
     word_ptr, position_ptr, type_ptr, ids_ptr, positions_ptr, types_ptr, words, positions, types, row, column_idx, mask,
-    width, HAS_TYPES: tl.constexpr,
+    width, HAS_TABLE: tl.constexpr, HAS_TYPES: tl.constexpr,
 ):  # fmt: skip
     x = _gather(word_ptr, tl.load(ids_ptr + row).to(tl.int64), words, column_idx, mask, width)
     if HAS_TYPES:
         x += _gather(type_ptr, tl.load(types_ptr + row).to(tl.int64), types, column_idx, mask, width)
-    else:
+    elif HAS_TABLE:
         x += _load_features(type_ptr, column_idx, mask)
     return x + _gather(position_ptr, tl.load(positions_ptr + row).to(tl.int64), positions, column_idx, mask, width)
 
@@ -67,7 +72,8 @@ def _sum_embeddings(
 def _embedding_kernel(
     word_ptr, position_ptr, type_ptr, ids_ptr, positions_ptr, types_ptr, seed_ptr, weight_ptr, bias_ptr,
     y_ptr, mean_ptr, rstd_ptr, words, positions, types, stream, threshold, keep_scale, width, eps,
-    HAS_TYPES: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_STATISTICS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_TABLE: tl.constexpr, HAS_TYPES: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_STATISTICS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row."""
     row = tl.program_id(0).to(tl.int64)
@@ -75,7 +81,7 @@ def _embedding_kernel(
     mask = column_idx < width
     x = _sum_embeddings(
         word_ptr, position_ptr, type_ptr, ids_ptr, positions_ptr, types_ptr, words, positions, types, row, column_idx,
-        mask, width, HAS_TYPES,
+        mask, width, HAS_TABLE, HAS_TYPES,
     )  # fmt: skip
     normalised, mean, rstd = normalise(x, mask, width, eps)
     y = normalised * _load_features(weight_ptr, column_idx, mask) + _load_features(bias_ptr, column_idx, mask)
@@ -93,7 +99,7 @@ def _embedding_grad_kernel(
     grad_y_ptr, word_ptr, position_ptr, type_ptr, ids_ptr, positions_ptr, types_ptr, seed_ptr, weight_ptr,
     mean_ptr, rstd_ptr, grad_sum_ptr, grad_weight_ptr, grad_bias_ptr,
     words, positions, types, stream, threshold, keep_scale, rows, width,
-    HAS_TYPES: tl.constexpr, HAS_DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_TABLE: tl.constexpr, HAS_TYPES: tl.constexpr, HAS_DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Every PROGRAMS-th row: the gradient of the sum of embeddings; grad_weight and grad_bias receive partial sums."""
     program = tl.program_id(0)
@@ -107,7 +113,7 @@ def _embedding_grad_kernel(
         wide_row = tl.cast(row, tl.int64)  # the interpreter counts in Python integers
         x = _sum_embeddings(
             word_ptr, position_ptr, type_ptr, ids_ptr, positions_ptr, types_ptr, words, positions, types, wide_row,
-            column_idx, mask, width, HAS_TYPES,
+            column_idx, mask, width, HAS_TABLE, HAS_TYPES,
         )  # fmt: skip
         grad_y = _load_features(grad_y_ptr, wide_row * width + column_idx, mask)
         if HAS_DROPOUT:
@@ -157,9 +163,8 @@ def embedding(
         sizes = launch(width)
         _embedding_kernel[(rows,)](
             *tables, seed if dropout_p > 0 else None, weight, bias, y, mean, rstd, *tables.entries,
-            stream, _random.threshold(dropout_p), _random.scale(dropout_p), width, eps,
-            HAS_TYPES=tables.token_types is not None, HAS_DROPOUT=dropout_p > 0, HAS_STATISTICS=has_statistics,
-            BLOCK=sizes.columns, **sizes.options,
+            stream, _random.threshold(dropout_p), _random.scale(dropout_p), width, eps, **tables.flags,
+            HAS_DROPOUT=dropout_p > 0, HAS_STATISTICS=has_statistics, BLOCK=sizes.columns, **sizes.options,
         )  # fmt: skip
     return y, mean, rstd
 
@@ -184,6 +189,6 @@ def embedding_backward(
         _embedding_grad_kernel[(programs,)](
             grad_y, *tables, seed if dropout_p > 0 else None, weight, mean, rstd, grad_sum, parts[0], parts[1],
             *tables.entries, stream, _random.threshold(dropout_p), _random.scale(dropout_p), rows, width,
-            HAS_TYPES=tables.token_types is not None, HAS_DROPOUT=dropout_p > 0, BLOCK=sizes.columns, **sizes.options,
+            **tables.flags, HAS_DROPOUT=dropout_p > 0, BLOCK=sizes.columns, **sizes.options,
         )  # fmt: skip
     return grad_sum, parts[0].sum(0), parts[1].sum(0)

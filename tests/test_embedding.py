@@ -29,6 +29,7 @@ class Case(NamedTuple):
         width: features.
         padding_idx: entry of the word table without a gradient.
         positions_dtype: of the positions.
+        has_table: whether there are token types at all.
     """
 
     ids: tuple[int, ...]
@@ -37,6 +38,7 @@ class Case(NamedTuple):
     width: int = 34
     padding_idx: int | None = None
     positions_dtype: torch.dtype = torch.int64
+    has_table: bool = True
 
     def indices(self, device: str) -> tuple[Tensor, Tensor, Tensor | None]:
         types = None if self.token_types is None else torch.tensor(self.token_types, dtype=torch.int64, device=device)
@@ -49,7 +51,8 @@ class Case(NamedTuple):
         return ids, positions, types
 
     def __str__(self) -> str:
-        parts = [f"{len(self.ids)}x{self.width}", "types" if self.token_types else "no_types"]
+        types = "types" if self.token_types else "no_types" if self.has_table else "no_table"
+        parts = [f"{len(self.ids)}x{self.width}", types]
         parts += [] if self.padding_idx is None else [f"padding{self.padding_idx}"]
         return "-".join([*parts, str(self.positions_dtype).removeprefix("torch.")])
 
@@ -63,10 +66,11 @@ CASES = [
     Case((4,), (6,), (1,), width=1031),
     Case((4, 2), (6, 6), width=7),
     Case((1, 1, 1), (0, 1, 2), (0, 1, 0), width=131),
+    Case(REPEATED, (0, 1, 2, 0, 1, 2, 0), padding_idx=3, has_table=False),
 ]
 
 
-def make_inputs(place: Place, width: int) -> dict[str, Tensor]:
+def make_inputs(place: Place, width: int, has_table: bool = True) -> dict[str, Tensor]:
     inputs = {
         "word": 0.4 + draw(WORDS, width),
         "position": -2.3 + 0.5 * draw(POSITIONS, width, seed=1),
@@ -74,13 +78,15 @@ def make_inputs(place: Place, width: int) -> dict[str, Tensor]:
         "weight": 1 + 0.3 * draw(width, seed=3),
         "bias": 0.5 * draw(width, seed=4),
     }
-    return {name: place.put(x) for name, x in inputs.items()}
+    return {name: place.put(x) for name, x in inputs.items() if has_table or name != "token_type"}
 
 
 def ours(case: Case, device: str, **options: Any) -> Function:
     ids, positions, types = case.indices(device)
 
-    def function(word: Tensor, position: Tensor, token_type: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def function(
+        word: Tensor, position: Tensor, weight: Tensor, bias: Tensor, token_type: Tensor | None = None
+    ) -> Tensor:
         return functional.embedding(
             word, position, token_type, ids, positions, types, weight, bias, EPS,
             padding_idx=case.padding_idx, **options,
@@ -93,9 +99,12 @@ def torchs(case: Case, device: str) -> Function:
     """torch's own lookups, summed as BERT does, and its own layer_norm."""
     ids, positions, types = case.indices(device)
 
-    def function(word: Tensor, position: Tensor, token_type: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def function(
+        word: Tensor, position: Tensor, weight: Tensor, bias: Tensor, token_type: Tensor | None = None
+    ) -> Tensor:
         x = F.embedding(ids, word, case.padding_idx)
-        x = x + F.embedding(torch.zeros_like(ids) if types is None else types, token_type)
+        if token_type is not None:
+            x = x + F.embedding(torch.zeros_like(ids) if types is None else types, token_type)
         return F.layer_norm(x + F.embedding(positions, position), word.shape[1:], weight, bias, EPS)
 
     return function
@@ -108,24 +117,28 @@ def oracle(case: Case) -> Function:
     def look_up(indices: Tensor, table: Tensor) -> Tensor:
         return F.one_hot(indices.long(), table.shape[0]).to(table) @ table
 
-    def function(word: Tensor, position: Tensor, token_type: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def function(
+        word: Tensor, position: Tensor, weight: Tensor, bias: Tensor, token_type: Tensor | None = None
+    ) -> Tensor:
         if case.padding_idx is not None:
             is_padding = torch.arange(WORDS)[:, None] == case.padding_idx
             word = torch.where(is_padding, word.detach(), word)
-        x = look_up(ids, word) + look_up(torch.zeros_like(ids) if types is None else types, token_type)
+        x = look_up(ids, word)
+        if token_type is not None:
+            x = x + look_up(torch.zeros_like(ids) if types is None else types, token_type)
         return reference.layer_norm(x + look_up(positions, position), weight, bias, EPS)
 
     return function
 
 
 def run(place: Place, case: Case, inputs: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    inputs = make_inputs(place, case.width) if inputs is None else inputs
+    inputs = make_inputs(place, case.width, case.has_table) if inputs is None else inputs
     with place.forced():
         return differentiate(ours(case, place.device), inputs, draw(len(case.ids), case.width, seed=9))
 
 
 def check(place: Place, case: Case) -> dict[str, Tensor]:
-    inputs, grad_y = make_inputs(place, case.width), place.put(draw(len(case.ids), case.width, seed=9))
+    inputs, grad_y = make_inputs(place, case.width, case.has_table), place.put(draw(len(case.ids), case.width, seed=9))
     result = run(place, case, inputs)
     expected = differentiate(torchs(case, place.device), inputs, grad_y)
     exact_inputs = {name: x.cpu().double() for name, x in inputs.items()}
@@ -143,8 +156,10 @@ def test_error_is_at_most_twice_torchs(place: Place, case: Case) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_entries_that_nobody_looks_up_get_no_gradient(place: Place, case: Case) -> None:
     result = run(place, case)
-    used = (set(case.ids) - {case.padding_idx}, set(case.positions), set(case.token_types or (0,)))
-    for name, entries in zip(TABLES, used, strict=True):
+    used = [set(case.ids) - {case.padding_idx}, set(case.positions)]
+    if case.has_table:
+        used.append(set(case.token_types or (0,)))
+    for name, entries in zip(TABLES, used, strict=False):
         found = result[f"gradient of {name}"].any(1).nonzero().flatten().tolist()
         assert set(found) == entries, name
 
@@ -229,12 +244,12 @@ def test_rows_that_lie_in_no_table_are_nan_and_alone(triton_place: Place, index:
 def test_without_gradients_on_a_cpu(case: Case) -> None:
     """One pass in C++, against float64 and the composition that gradients take."""
     place = Place("cpp", "cpu", torch.float32)
-    inputs, indices = make_inputs(place, case.width), case.indices("cpu")
+    inputs, indices = make_inputs(place, case.width, case.has_table), case.indices("cpu")
 
     def call(x: dict[str, Tensor]) -> Tensor:
         ids, positions, token_types = indices
         return functional.embedding(
-            x["word"], x["position"], x["token_type"], ids, positions, token_types, x["weight"], x["bias"]
+            x["word"], x["position"], x.get("token_type"), ids, positions, token_types, x["weight"], x["bias"]
         )
 
     with place.forced(), torch.no_grad():
@@ -305,12 +320,12 @@ def test_wrong_arguments_are_named(path: Any, name: str, value: Tensor, message:
         functional.embedding(**{**GOOD, name: value})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("case", CASES[:2], ids=str)
+@pytest.mark.parametrize("case", [*CASES[:2], CASES[-1]], ids=str)
 def test_the_operators_are_registered_as_torch_wants_it(triton_place: Place, case: Case) -> None:
     if triton_place.dtype != torch.float32:
         pytest.skip("one format is enough")
-    inputs, width = make_inputs(triton_place, case.width), case.width
-    tables = [inputs[name].requires_grad_() for name in TABLES]
+    inputs, width = make_inputs(triton_place, case.width, case.has_table), case.width
+    tables = [inputs[name].requires_grad_() if name in inputs else None for name in TABLES]
     weight, bias = inputs["weight"].requires_grad_(), inputs["bias"].requires_grad_()
     indices = case.indices(triton_place.device)
     padding_idx = -1 if case.padding_idx is None else case.padding_idx
@@ -318,7 +333,7 @@ def test_the_operators_are_registered_as_torch_wants_it(triton_place: Place, cas
     rows = len(case.ids)
     mean, rstd = (x.float().to(triton_place.device) for x in (draw(rows, seed=5), 1 + draw(rows, seed=6).abs()))
     grad_y = triton_place.put(draw(rows, width))
-    detached = [x.detach() for x in tables]
+    detached = [None if x is None else x.detach() for x in tables]
     with triton_place.forced():
         results = [
             torch.library.opcheck(
@@ -341,3 +356,9 @@ def test_second_derivatives_are_refused(triton_place: Place) -> None:
         (grad,) = torch.autograd.grad(y.sum(), inputs["word"], create_graph=True)
         with pytest.raises(RuntimeError, match="no second derivative"):
             grad.sum().backward()
+
+
+def test_token_types_need_a_table() -> None:
+    wrong = {**GOOD, "token_type": None, "token_types": torch.zeros(3, dtype=torch.int64)}
+    with pytest.raises(ValueError, match=r"token_types has shape \(3,\), but token_type is None"):
+        functional.embedding(**wrong)  # type: ignore[arg-type]

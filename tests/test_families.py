@@ -1,8 +1,9 @@
-"""Families built as BERT is: the same answers, losses and gradients, bit by bit the same state."""
+"""Families built much as BERT is: the same answers, losses and gradients, bit by bit the same state."""
 
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -31,8 +32,27 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Roberta": {},
     "XLMRoberta": {"pad_token_id": 3},
     "Camembert": {},
+    "DistilBert": {"dim": 51, "n_layers": 2, "n_heads": 3, "hidden_dim": 71},
     "Electra": {"embedding_size": 29, "pad_token_id": 0},
+    "MPNet": {"pad_token_id": 1},
 }
+
+WITHOUT_TYPES = ("DistilBert", "MPNet")
+
+# Relative positions are those of packed rows where a text has no holes and, for the pooler's sake, begins in front.
+RIGHT = """
+    1111111111111
+    1111111000000
+    1111111111111
+    1111111110000
+    1111100000000
+    0000000000000
+    1111110000000
+    1000000000000
+"""
+
+# Where the first layer's attention is, if not where BERT's is.
+ATTENTION = {"DistilBert": "transformer.layer.0.attention", "MPNet": "encoder.layer.0.attention.attn"}
 
 HEADS = (
     "ForMaskedLM",
@@ -76,13 +96,23 @@ def pair(name: str, **config: Any) -> tuple[Any, Any]:
     return model, bert_fast.swap(copy.deepcopy(model))
 
 
-def batch_for(name: str, rows: str = MIXED) -> dict[str, Tensor]:
+def rows_for(prefix: str) -> str:
+    return RIGHT if prefix == "MPNet" else MIXED
+
+
+def batch_for(name: str, rows: str | None = None) -> dict[str, Tensor]:
     """Ids at random, so that padding's own number stands at tokens too."""
-    batch = inputs(mask_of(rows))
+    prefix = prefix_of(name)
+    batch = inputs(mask_of(rows_for(prefix) if rows is None else rows))
+    if prefix in WITHOUT_TYPES:
+        del batch["token_type_ids"]
     return {key: x.view(-1, 2, 13) for key, x in batch.items()} if head_of(name) == "ForMultipleChoice" else batch
 
 
-def labels_for(name: str) -> dict[str, Tensor]:
+def labels_for(name: str, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    if name.startswith("MPNet") and head_of(name) in ("ForMaskedLM", "ForTokenClassification"):
+        labels = LABELS[f"Bert{head_of(name)}"]["labels"]
+        return {"labels": labels.masked_fill(batch["attention_mask"] == 0, -100)}
     if name == "ElectraForPreTraining":
         return {"labels": token_labels(2).clamp(min=0)}
     return LABELS["BertLMHeadModel" if head_of(name) == "ForCausalLM" else f"Bert{head_of(name)}"]
@@ -96,9 +126,9 @@ def test_every_family_is_here() -> None:
     assert {family.encoder.removesuffix("Model") for family in core.FAMILIES} == {"Bert", *FAMILIES}
 
 
-@pytest.mark.parametrize("rows", [MIXED, WHOLE], ids=["mixed", "whole"])
+@pytest.mark.parametrize("rows", [None, WHOLE], ids=["mixed", "whole"])
 @pytest.mark.parametrize("name", MODELS)
-def test_output(name: str, rows: str) -> None:
+def test_output(name: str, rows: str | None) -> None:
     model, swapped = pair(name)
     batch = batch_for(name, rows)
     assert_same_output(swapped(**batch), model(**batch), batch["attention_mask"] != 0)
@@ -111,7 +141,8 @@ def test_output(name: str, rows: str) -> None:
 def test_loss(name: str) -> None:
     """Labels at hidden places count: heads read what the encoder makes of hidden tokens there."""
     model, swapped = pair(name)
-    batch = batch_for(name) | labels_for(name)
+    batch = batch_for(name)
+    batch |= labels_for(name, batch)
     expected, found = model(**batch).loss, swapped(**batch).loss
     assert_near(found, expected)
     assert_same_gradients(gradients(swapped, found), gradients(model, expected))
@@ -123,11 +154,21 @@ def test_loss(name: str) -> None:
 @each_family
 def test_gradients(prefix: str) -> None:
     model, swapped = pair(f"{prefix}Model")
-    mask = mask_of(MIXED)
-    batch = inputs(mask)
+    batch = batch_for(f"{prefix}Model")
+    mask = batch["attention_mask"] != 0
     weights = torch.randn(8, 13, 51, generator=torch.Generator().manual_seed(3))[mask]
     found = gradients(swapped, (swapped(**batch)[0][mask] * weights).sum())
     assert_same_gradients(found, gradients(model, (model(**batch)[0][mask] * weights).sum()))
+
+
+@each_family
+def test_gradients_after_inference(prefix: str) -> None:
+    """Nothing that is kept between calls was made for inference alone."""
+    _, swapped = pair(f"{prefix}Model", max_position_embeddings=41)
+    batch = batch_for(f"{prefix}Model")
+    with torch.inference_mode():
+        swapped(**batch)
+    swapped(**batch)[0].sum().backward()
 
 
 @pytest.mark.parametrize("table", ["word_embeddings", "position_embeddings", "token_type_embeddings"])
@@ -146,7 +187,7 @@ def test_entries_without_a_gradient(table: str) -> None:
 @pytest.mark.parametrize("return_dict", [True, False])
 def test_hidden_states(prefix: str, return_dict: bool) -> None:
     model, swapped = pair(f"{prefix}Model")
-    batch = inputs(mask_of(MIXED)) | {"output_hidden_states": True, "return_dict": return_dict}
+    batch = batch_for(f"{prefix}Model") | {"output_hidden_states": True, "return_dict": return_dict}
     mask = batch["attention_mask"] != 0
     found, expected = swapped(**batch), model(**batch)
     assert type(found) is type(expected)
@@ -180,13 +221,13 @@ def test_sparse_calls(prefix: str, is_last: bool) -> None:
 @each_family
 def test_verify(prefix: str) -> None:
     _, swapped = pair(f"{prefix}Model")
-    checks = bert_fast.verify(swapped, inputs(mask_of(MIXED))).checks
+    checks = bert_fast.verify(swapped, batch_for(f"{prefix}Model")).checks
     assert [check.name for check in checks][:2] == ["encoder: last hidden state", "last_hidden_state"]
 
 
 # ---- positions of RoBERTa --------------------------------------------------------------------------------------------
 
-COUNTED = ("Roberta", "XLMRoberta", "Camembert")
+COUNTED = ("Roberta", "XLMRoberta", "Camembert", "MPNet")
 
 
 @pytest.mark.parametrize("prefix", COUNTED)
@@ -209,7 +250,7 @@ def test_longest(prefix: str, length: int) -> None:
             assert_same_output(swapped(**batch), expected, batch["attention_mask"])
 
 
-@pytest.mark.parametrize("prefix", COUNTED)
+@pytest.mark.parametrize("prefix", COUNTED[:3])  # MPNet's are below
 def test_left_padding(prefix: str) -> None:
     """A row's answer is the same wherever it is padded."""
     model, swapped = pair(f"{prefix}Model")
@@ -220,6 +261,57 @@ def test_left_padding(prefix: str) -> None:
     found = [swapped(ids, attention_mask=ids != padding)[0][ids != padding] for ids in (right, left)]
     assert torch.equal(*found)
     assert_near(found[0], model(right, attention_mask=right != padding)[0][right != padding])
+
+
+# ---- relative positions of MPNet -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("has_grad", [True, False])
+@pytest.mark.parametrize(
+    ("rows", "is_fast", "has_pooler"),
+    [
+        ("1111111111111", True, True),
+        ("1111111100000", True, True),
+        ("0000011111111", False, True),  # the pooler reads a hidden token far from the others
+        ("0000011111111", True, False),
+        ("0000011110000", True, False),
+        ("1111011111111", False, False),
+        ("1000000000001", False, False),
+    ],
+)
+def test_only_neighbours_are_packed(rows: str, is_fast: bool, has_pooler: bool, has_grad: bool) -> None:
+    model = build("MPNetModel") if has_pooler else build("MPNetForTokenClassification").mpnet
+    swapped = bert_fast.swap(copy.deepcopy(model))
+    batch = batch_for("MPNetModel", f"1111111111100\n{rows}")
+    with (
+        torch.set_grad_enabled(has_grad),
+        nullcontext() if is_fast else pytest.warns(UserWarning, match="side by side"),
+    ):
+        assert_same_output(swapped(**batch), model(**batch), batch["attention_mask"] != 0)
+    assert (calls(swapped) == {"fast": 1}) is is_fast
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_labels_of_hidden_tokens(is_fast: bool) -> None:
+    """They are computed behind the text: right where they stand there."""
+    model, swapped = pair("MPNetForMaskedLM")
+    batch = batch_for("MPNetModel", "1111111111111\n1111110000000")
+    labels = torch.full((2, 13), -100)
+    labels[0, 3] = 5
+    labels[1, 6 if is_fast else 8] = 7
+    with nullcontext() if is_fast else pytest.warns(UserWarning, match="side by side"):
+        found = swapped(**batch, labels=labels).loss
+    assert_same_gradients(gradients(swapped, found), gradients(model, model(**batch, labels=labels).loss))
+    assert (calls(swapped) == {"fast": 1}) is is_fast
+
+
+def test_texts_longer_than_the_table() -> None:
+    """Where positions are given, rows may be farther apart than the table has positions."""
+    model, swapped = pair("MPNetModel", max_position_embeddings=9)
+    batch = {"input_ids": batch_for("MPNetModel", WHOLE)["input_ids"], "position_ids": torch.arange(13)[None] % 9}
+    for has_grad in (True, False):
+        with torch.set_grad_enabled(has_grad):
+            assert_same_output(swapped(**batch), model(**batch), torch.ones(4, 13, dtype=torch.bool))
 
 
 # ---- what stays as it was --------------------------------------------------------------------------------------------
@@ -243,8 +335,8 @@ def test_state_dict_and_restore(name: str) -> None:
 
 @each_family
 def test_int8_and_bf16(prefix: str) -> None:
-    mask = mask_of(MIXED)
-    batch = inputs(mask)
+    batch = batch_for(f"{prefix}Model")
+    mask = batch["attention_mask"] != 0
     model = build(f"{prefix}Model")
     with torch.no_grad():
         expected = model(**batch)[0][mask]
@@ -256,7 +348,8 @@ def test_int8_and_bf16(prefix: str) -> None:
 @each_family
 def test_hooks_take_the_original_path(prefix: str) -> None:
     model, swapped = pair(f"{prefix}Model")
-    batch = inputs(mask_of(MIXED))
-    swapped.encoder.layer[0].attention.self.register_forward_hook(lambda *_: None)
+    batch = batch_for(f"{prefix}Model")
+    name = ATTENTION.get(prefix, "encoder.layer.0.attention.self")
+    swapped.get_submodule(name).register_forward_hook(lambda *_: None)
     with pytest.warns(UserWarning, match="has hooks"):
         assert_identical(swapped(**batch), model(**batch))

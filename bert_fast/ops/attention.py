@@ -47,7 +47,7 @@ def launch_attention(
         max_seqlen: rows of the longest sequence.
         scale: factor of the scores.
         seed, stream, dropout_p: dropout of the probabilities; see functional.draw_seed.
-        bias: (heads, 2 * reach + 1), added to the score of rows i and j at column j - i + reach. Triton only.
+        bias: (heads, 2 * reach + 1), added to the score of rows i and j at column j - i + reach.
 
     Returns:
         The result (tokens, heads, head_size) and the natural log-sum-exp (heads, tokens), float32.
@@ -59,12 +59,11 @@ def launch_attention(
         with device_of(q):
             extras = attention.Extras(seed, stream, dropout_p, None if bias is None else bias.contiguous())
             return attention.attention(q, k, v, tiles, max_seqlen, scale, extras)
-    _refuse_bias(bias)
     out = torch.empty(q.shape)
     lse = torch.empty(q.shape[1], q.shape[0])
     _C.attention(
-        array(q), array(k), array(v), array(tiles), TILE_SIZE, scale, *_dropout(seed, stream, dropout_p), array(out),
-        array(lse), threads(),
+        array(q), array(k), array(v), array(tiles), TILE_SIZE, scale, *_dropout(seed, stream, dropout_p),
+        _bias_array(bias), array(out), array(lse), threads(),
     )  # fmt: skip
     return out, lse
 
@@ -95,22 +94,22 @@ def launch_attention_backward(
             return attention.attention_backward(
                 grad_out, q, k, v, out, lse, tiles, max_seqlen, scale, extras, wants_grad_bias=wants_grad_bias
             )
-    _refuse_bias(bias)
     grad_q, grad_k, grad_v = torch.empty(q.shape), torch.empty(k.shape), torch.empty(v.shape)
+    grad_bias = torch.empty(bias.shape) if wants_grad_bias and bias is not None else None
     _C.attention_backward(
         array(grad_out), array(q), array(k), array(v), array(out), array(tiles), TILE_SIZE, scale,
-        *_dropout(seed, stream, dropout_p), array(grad_q), array(grad_k), array(grad_v), threads(),
+        *_dropout(seed, stream, dropout_p), _bias_array(bias), array(grad_q), array(grad_k), array(grad_v),
+        None if grad_bias is None else array(grad_bias), threads(),
     )  # fmt: skip
-    return grad_q, grad_k, grad_v, None
+    return grad_q, grad_k, grad_v, grad_bias
 
 
 def _dropout(seed: Tensor | None, stream: int, dropout_p: float) -> tuple[int, int, float]:
     return (0, 0, 0.0) if seed is None else (int(seed), stream, dropout_p)
 
 
-def _refuse_bias(bias: Tensor | None) -> None:
-    if bias is not None:
-        raise NotImplementedError("bert_fast::attention has no bias in C++")
+def _bias_array(bias: Tensor | None) -> Any:
+    return None if bias is None else array(bias.float().contiguous())
 
 
 def _attention_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""bert_fast::embedding: the sum of three embeddings, normalised, with dropout. Triton; C++ without gradients."""
+"""bert_fast::embedding: the sum of two or three embeddings, normalised, with dropout. Triton; C++ without gradients."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ._path import array, define, device_of, differentiate, kernel_path, optional_contiguous, threads
+from ._path import array, define, device_of, differentiate, kernel_path, optional_contiguous, or_empty, threads
 from .layer_norm import feature
 
 
 def launch_embedding(
     word: Tensor,
     position: Tensor,
-    token_type: Tensor,
+    token_type: Tensor | None,
     ids: Tensor,
     positions: Tensor,
     token_types: Tensor | None,
@@ -32,7 +32,7 @@ def launch_embedding(
     """dropout(LayerNorm(word[ids] + position[positions] + token_type[token_types])), without autograd.
 
     Args:
-        word, position, token_type: (entries, width), one dtype.
+        word, position, token_type: (entries, width), one dtype; token_type None: the sum is of the other two.
         ids, positions, token_types: (rows,) integers; token_types None: 0 everywhere.
         weight, bias: (width,).
         eps: added to the variance.
@@ -56,7 +56,7 @@ def launch_embedding(
 def launch_embedding_on_cpu(
     word: Tensor,
     position: Tensor,
-    token_type: Tensor,
+    token_type: Tensor | None,
     ids: Tensor,
     positions: Tensor,
     token_types: Tensor | None,
@@ -73,7 +73,7 @@ def launch_embedding_on_cpu(
     _C.embedding(
         array(word.contiguous()),
         array(position.contiguous()),
-        array(token_type.contiguous()),
+        None if token_type is None else array(token_type.contiguous()),
         array(ids.long().contiguous()),
         array(positions.long().contiguous()),
         None if token_types is None else array(token_types.long().contiguous()),
@@ -96,7 +96,7 @@ def launch_embedding_backward(
     grad_y: Tensor,
     word: Tensor,
     position: Tensor,
-    token_type: Tensor,
+    token_type: Tensor | None,
     ids: Tensor,
     positions: Tensor,
     token_types: Tensor | None,
@@ -108,8 +108,8 @@ def launch_embedding_backward(
     seed: Tensor | None = None,
     stream: int = 0,
     dropout_p: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of the three tables, in their dtype, and of weight and bias (width,) float32."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    """The gradients of the tables, in their dtype, and of weight and bias (width,) float32."""
     kernel_path("embedding", word, word.shape[1])
     from ..kernels import embedding
 
@@ -118,10 +118,11 @@ def launch_embedding_backward(
         grad_sum, grad_weight, grad_bias = embedding.embedding_backward(
             grad_y.contiguous(), tables, weight.contiguous(), mean, rstd, seed, stream, dropout_p
         )
-    if token_types is None:
+    grad_type = None
+    if token_type is not None and token_types is None:
         grad_type = torch.zeros_like(token_type)
         grad_type[0] = grad_sum.sum(0)
-    else:
+    elif token_type is not None and token_types is not None:
         grad_type = _table_gradient(grad_sum, token_types, token_type, -1)
     grad_word = _table_gradient(grad_sum, ids, word, padding_idx)
     grad_position = _table_gradient(grad_sum, positions, position, position_padding_idx)
@@ -135,7 +136,7 @@ def _table_gradient(grad: Tensor, indices: Tensor, table: Tensor, padding_idx: i
     return result
 
 
-_TABLES = "Tensor word, Tensor position, Tensor token_type, Tensor ids, Tensor positions, Tensor? token_types"
+_TABLES = "Tensor word, Tensor position, Tensor? token_type, Tensor ids, Tensor positions, Tensor? token_types"
 _EXTRAS = "int padding_idx, int position_padding_idx, Tensor? seed, int stream, float dropout_p"
 
 
@@ -152,12 +153,20 @@ define(
         _row_statistic(word, ids),
     ),
 )
+
+
+def _embedding_backward(*args: Any) -> tuple[Tensor, ...]:
+    grad_word, grad_position, grad_type, *others = launch_embedding_backward(*args)
+    return grad_word, grad_position, or_empty(grad_type, grad_word), *others
+
+
 define(
     f"embedding_backward(Tensor grad_y, {_TABLES}, Tensor weight, Tensor mean, Tensor rstd, {_EXTRAS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    launch_embedding_backward,
+    _embedding_backward,
     lambda grad_y, word, position, token_type, *_: (
-        *(table.new_empty(table.shape) for table in (word, position, token_type)),
+        *(table.new_empty(table.shape) for table in (word, position)),
+        or_empty(None if token_type is None else token_type.new_empty(token_type.shape), word),
         feature(grad_y),
         feature(grad_y),
     ),
@@ -174,10 +183,11 @@ def _save(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _grad(ctx: Any, grad_y: Tensor, _mean: Tensor, _rstd: Tensor) -> tuple[Any, ...]:
     *tensors, seed = ctx.saved_tensors
-    *grad_tables, grad_weight, grad_bias = torch.ops.bert_fast.embedding_backward(
+    grad_word, grad_position, grad_type, grad_weight, grad_bias = torch.ops.bert_fast.embedding_backward(
         grad_y, *tensors, *ctx.padding, seed, ctx.stream, ctx.dropout_p
     )
-    weight = tensors[6]
+    token_type, weight = tensors[2], tensors[6]
+    grad_tables = (grad_word, grad_position, None if token_type is None else grad_type)
     grads = (*grad_tables, None, None, None, grad_weight.to(weight.dtype), grad_bias.to(ctx.bias_dtype))
     return (*grads, None, None, None, None, None, None)
 

@@ -68,9 +68,30 @@ class Embeddings(NamedTuple):
 
     word: nn.Module
     position: nn.Module
-    token_type: nn.Module
+    token_type: nn.Module | None
     norm: nn.Module
     dropout: nn.Module
+
+
+class RelativeBias(NamedTuple):
+    """A bias of attention's scores, one for each head and bucket of relative positions.
+
+    Attributes:
+        table: an embedding (buckets, heads).
+        longest: tokens that a sequence is not expected to exceed.
+        buckets: gives the bucket of each distance, key minus query.
+    """
+
+    table: nn.Module
+    longest: int
+    buckets: Callable[[int, torch.device], Tensor]
+
+    def values(self, max_seqlen: int) -> Tensor:
+        """(heads, 2 * reach + 1), as functional.attention takes it. Its size is the same for all that is expected."""
+        reach = max(self.longest, max_seqlen) - 1
+        weight: Any = self.table.weight
+        values: Tensor = self.table(self.buckets(reach, weight.device))
+        return values.T
 
 
 class Plan(NamedTuple):
@@ -79,15 +100,21 @@ class Plan(NamedTuple):
     Attributes:
         projection: between the embeddings and the first layer, if there is one.
         stack: the layers as the CPU engine sees them.
+        relative_bias: of the scores of every layer, if there is one.
     """
 
     embeddings: Embeddings
     projection: nn.Module | None
     layers: list[Layer]
     stack: engine.Stack
+    relative_bias: RelativeBias | None = None
 
 
 _plans: Kept[Plan] = Kept()
+
+
+NO_DROPOUT = nn.Dropout(0.0).eval()
+"""Where a family has none."""
 
 
 class Refused(Exception):  # noqa: N818
@@ -110,7 +137,7 @@ def _is_listened_to(module: nn.Module) -> bool:
     return bool(module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
-def _leaf(parent: nn.Module, name: str) -> nn.Module:
+def leaf(parent: nn.Module, name: str) -> nn.Module:
     """A module that the fast path calls, or fuses."""
     module = parent._modules.get(name)
     if module is None:
@@ -120,8 +147,12 @@ def _leaf(parent: nn.Module, name: str) -> nn.Module:
     return module
 
 
-def activation_of(module: nn.Module) -> fast.Activation:
-    """The fused form of an activation that is known to be GELU, else the module itself."""
+def activation_in(parent: Any, name: str) -> fast.Activation:
+    """The fused form of an activation that is known to be GELU, else the module or function itself."""
+    if name not in parent._modules:
+        function: fast.Activation = getattr(parent, name)
+        return function
+    module = leaf(parent, name)
     cls = type(module)
     if "forward" in module.__dict__:
         return module
@@ -179,14 +210,18 @@ def _argument_refusal(model: Any, call: Call) -> str | None:
     return None
 
 
-def _mode_refusal(model: Any) -> str | None:
+def _mode_refusal(model: Any, layers: str) -> str | None:
+    """
+    Args:
+        model: the encoder.
+        layers: the attribute that holds the module around its layers.
+    """
     if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
         return "the model is traced or exported"
     if torch._C._are_functorch_transforms_active():
         return "a function transform is active"
-    if model.training and any(
-        getattr(x, "gradient_checkpointing", False) for x in (model.encoder, *model.encoder.layer)
-    ):
+    around = getattr(model, layers)
+    if model.training and any(getattr(x, "gradient_checkpointing", False) for x in (around, *around.layer)):
         return "gradient checkpointing is on"
     return None
 
@@ -213,9 +248,10 @@ def _encode(
 ) -> Tensor:
     """(tokens, hidden_size); `kept` receives the embeddings and every layer's output."""
     hidden = _embed(parts, batch, embeds)
+    bias = None if parts.relative_bias is None else parts.relative_bias.values(batch.max_seqlen)
     outputs = None
     if not torch.compiler.is_compiling():
-        outputs = engine.encode(model, parts.stack, hidden, batch, needs_all=kept is not None)
+        outputs = engine.encode(model, parts.stack, hidden, batch, bias=bias, needs_all=kept is not None)
     if outputs is not None:
         if kept is not None:
             kept += [hidden, *outputs]
@@ -223,7 +259,7 @@ def _encode(
     for layer in parts.layers:
         if kept is not None:
             kept.append(hidden)
-        hidden = fast.encoder_layer(layer, hidden, batch)
+        hidden = fast.encoder_layer(layer, hidden, batch, bias=bias)
     if kept is not None:
         kept.append(hidden)
     return hidden
@@ -232,6 +268,7 @@ def _encode(
 def _modules(parts: Plan) -> Iterator[Any]:
     """The modules that the encoder calls or fuses, and what else its layers are made of."""
     yield parts.projection
+    yield None if parts.relative_bias is None else parts.relative_bias.table
     for part in (parts.embeddings, *parts.layers):
         yield from part
 
@@ -267,12 +304,8 @@ def _runner(model: Any, call: Call) -> GraphRunner | None:
     return None if word.device.type == "cuda" and torch.cuda.is_current_stream_capturing() else runner
 
 
-def _as_tuple(output: Any) -> tuple[Any, ...]:
-    """The output as the installed transformers gives it with return_dict=False; before 5 no pooler left a None."""
-    import transformers
-
-    if int(transformers.__version__.partition(".")[0]) >= 5:
-        return tuple(output.to_tuple())
+def with_gap(output: Any) -> tuple[Any, ...]:
+    """The output as a tuple, with a None for the pooler's where there is none."""
     extra = () if output.hidden_states is None else (output.hidden_states,)
     pooled = (output.pooler_output,) if hasattr(output, "pooler_output") else ()
     return (output.last_hidden_state, *pooled, *extra)
@@ -341,12 +374,16 @@ class BertShaped:
         module: the Python module that defines the classes.
         prefix: of the classes' names.
         heads: what heads read of the encoder, by the rest of their names; see Family.kept_rows.
+        layers: the encoder's attribute for the module that holds its layers.
+        bert_names: of a layer's parts in the state, where BERT calls them otherwise -> what BERT calls them.
     """
 
     name: str
     module: str
     prefix: str
     heads: Mapping[str, Callable[[Call], Read]] = field(default_factory=lambda: HEADS)
+    layers: str = "encoder"
+    bert_names: Mapping[str, str] = field(default_factory=dict)
 
     def family(self) -> Family:
         return Family(
@@ -357,6 +394,7 @@ class BertShaped:
             plan=self.plan,
             run=self.run,
             stack=self.stack,
+            widths=self.widths,
             oracle=self.oracle,
             kept_rows={f"{self.prefix}{head}": rows for head, rows in self.heads.items()},
         )
@@ -371,6 +409,23 @@ class BertShaped:
         """Columns for which the position table surely lasts; None: nobody knows."""
         return getattr(model.embeddings.position_embeddings, "num_embeddings", None)
 
+    def relative_bias(self, model: Any) -> RelativeBias | None:  # noqa: ARG002
+        """What is added to attention's scores."""
+        return None
+
+    def widths(self, model: Any) -> Mapping[str, int]:
+        """By operator; see Family."""
+        config = model.config
+        return {
+            "attention": config.hidden_size // config.num_attention_heads,
+            "layer_norm": config.hidden_size,
+            "gelu": config.intermediate_size,
+        }
+
+    def refusal(self, model: Any, call: Call) -> str | None:  # noqa: ARG002
+        """Why the call takes the original path, beyond what speaks against it in every family."""
+        return None
+
     def output(self, sequence: Tensor, pooled: Tensor | None, hidden_states: tuple[Tensor, ...] | None) -> Any:
         from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
@@ -378,13 +433,26 @@ class BertShaped:
             last_hidden_state=sequence, pooler_output=pooled, hidden_states=hidden_states
         )
 
+    def as_tuple(self, output: Any) -> tuple[Any, ...]:
+        """The output as the installed transformers gives it with return_dict=False; before 5 no pooler left a None."""
+        import transformers
+
+        is_old = int(transformers.__version__.partition(".")[0]) < 5
+        return with_gap(output) if is_old else tuple(output.to_tuple())
+
     # ---- the parts of the model ----
 
     def container(self, parent: nn.Module, name: str, *suffixes: str) -> nn.Module:
-        """A module that the fast path steps over, so that it must be transformers' own."""
-        module = _leaf(parent, name)
+        """A module that the fast path steps over, so that it must be transformers' own.
+
+        Args:
+            parent: whose module it is.
+            name: of the module.
+            suffixes: names that its class may have, with or without the prefix.
+        """
+        module = leaf(parent, name)
         cls = type(module)
-        is_known = cls.__name__ in [self.prefix + suffix for suffix in suffixes]
+        is_known = cls.__name__.removeprefix(self.prefix) in suffixes
         if not is_known or cls.__module__ != self.module:
             raise Refused(module, f"is a {cls.__name__}" + (f" of {cls.__module__}" if is_known else ""))
         if "forward" in module.__dict__:
@@ -398,24 +466,19 @@ class BertShaped:
         attended = self.container(attention, "output", "SelfOutput")
         intermediate = self.container(layer, "intermediate", "Intermediate")
         output = self.container(layer, "output", "Output")
-        activation: Any = intermediate._modules.get(
-            "intermediate_act_fn", getattr(intermediate, "intermediate_act_fn", None)
-        )
-        if isinstance(activation, nn.Module):
-            activation = activation_of(_leaf(intermediate, "intermediate_act_fn"))
         return Layer(
-            query=_leaf(attend, "query"),
-            key=_leaf(attend, "key"),
-            value=_leaf(attend, "value"),
-            attention_output=_leaf(attended, "dense"),
-            attention_norm=_leaf(attended, "LayerNorm"),
-            intermediate=_leaf(intermediate, "dense"),
-            output=_leaf(output, "dense"),
-            output_norm=_leaf(output, "LayerNorm"),
-            activation=activation,
+            query=leaf(attend, "query"),
+            key=leaf(attend, "key"),
+            value=leaf(attend, "value"),
+            attention_output=leaf(attended, "dense"),
+            attention_norm=leaf(attended, "LayerNorm"),
+            intermediate=leaf(intermediate, "dense"),
+            output=leaf(output, "dense"),
+            output_norm=leaf(output, "LayerNorm"),
+            activation=activation_in(intermediate, "intermediate_act_fn"),
             attention_dropout_p=attend.dropout.p if attend.training else 0.0,
-            attention_output_dropout=_leaf(attended, "dropout"),
-            output_dropout=_leaf(output, "dropout"),
+            attention_output_dropout=leaf(attended, "dropout"),
+            output_dropout=leaf(output, "dropout"),
             head_size=attend.attention_head_size,
         )
 
@@ -425,19 +488,21 @@ class BertShaped:
             Refused: a module within is hooked, or not transformers' own where it would be stepped over.
         """
         embeddings = self.container(model, "embeddings", "Embeddings")
-        layers = _leaf(self.container(model, "encoder", "Encoder"), "layer")
+        layers = leaf(self.container(model, self.layers, "Encoder", "Transformer"), "layer")
         parts = [self.layer(layers, name) for name in layers._modules]
+        has_types = "token_type_embeddings" in embeddings._modules
         return Plan(
             Embeddings(
-                word=_leaf(embeddings, "word_embeddings"),
-                position=_leaf(embeddings, "position_embeddings"),
-                token_type=_leaf(embeddings, "token_type_embeddings"),
-                norm=_leaf(embeddings, "LayerNorm"),
-                dropout=_leaf(embeddings, "dropout"),
+                word=leaf(embeddings, "word_embeddings"),
+                position=leaf(embeddings, "position_embeddings"),
+                token_type=leaf(embeddings, "token_type_embeddings") if has_types else None,
+                norm=leaf(embeddings, "LayerNorm"),
+                dropout=leaf(embeddings, "dropout"),
             ),
-            _leaf(model, "embeddings_project") if "embeddings_project" in model._modules else None,
+            leaf(model, "embeddings_project") if "embeddings_project" in model._modules else None,
             parts,
             _stack(model, parts),
+            self.relative_bias(model),
         )
 
     def stack(self, model: Any) -> engine.Stack:
@@ -449,7 +514,9 @@ class BertShaped:
 
     def plan(self, model: Any, call: Call) -> Plan | str:
         """The model's parts, or why the call takes the original path."""
-        reason = _mode_refusal(model) or _argument_refusal(model, call) or _config_refusal(model)
+        reason = (
+            _mode_refusal(model, self.layers) or _argument_refusal(model, call) or _config_refusal(model)
+        ) or self.refusal(model, call)
         if reason is not None:
             return reason
         try:
@@ -490,7 +557,8 @@ class BertShaped:
             mask = torch.ones(shape, dtype=torch.bool)
         elif tuple(mask.shape) != shape:
             raise ValueError(f"attention_mask has shape {tuple(mask.shape)} and the batch {shape}")
-        types = call.get("token_type_ids")
+        has_types = hasattr(model.embeddings, "token_type_embeddings")
+        types = call.get("token_type_ids") if has_types else None
         read = kept_rows.get()
         # Labels that do not fit are left to the head, whose own error says so.
         keep = read if isinstance(read, Tensor) and tuple(read.shape) == shape else None
@@ -522,7 +590,7 @@ class BertShaped:
             output = self._run_for_first_rows(model, call, parts)
         if output is None:
             output = self._run(model, call, parts, wants_hidden_states)
-        return _as_tuple(output) if _setting(model, call, "return_dict") is False else output
+        return self.as_tuple(output) if _setting(model, call, "return_dict") is False else output
 
     def _run(self, model: Any, call: Call, parts: Plan, wants_hidden_states: bool) -> Any:
         kept: list[Tensor] = []
@@ -570,7 +638,8 @@ class BertShaped:
             return None
         batch, embeds = self.pack(model, call)
         hidden = _embed(parts, batch, embeds)
-        outputs = engine.encode(model, parts.stack, hidden, batch, rows=batch.first_rows)
+        bias = None if parts.relative_bias is None else parts.relative_bias.values(batch.max_seqlen)
+        outputs = engine.encode(model, parts.stack, hidden, batch, bias=bias, rows=batch.first_rows)
         if outputs is None:
             return None
         first = outputs[-1][:, None]
@@ -585,13 +654,27 @@ class BertShaped:
             name: value.detach().to("cpu", torch.float64 if value.is_floating_point() else value.dtype)
             for name, value in model.state_dict().items()
         }
-        config = BertConfig.from_dict(
-            {**model.config.to_dict(), "model_type": "bert", "is_decoder": False, "pad_token_id": 0}
-        )
+        weights = {self._bert_name(name): value for name, value in weights.items()}
+        config = BertConfig.from_dict({**self.sizes(model), "is_decoder": False, "pad_token_id": 0})
         names = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
         inputs = {name: call[name].detach().cpu() for name in names if call.get(name) is not None}
         if "position_ids" not in inputs and (positions := self.positions(model, call)) is not None:
             inputs["position_ids"] = positions.cpu()
         if "inputs_embeds" in inputs:
             inputs["inputs_embeds"] = inputs["inputs_embeds"].double()
-        return reference.bert(weights, config, **inputs).hidden_states[-1]
+        score_bias = self.score_bias(model, _source(call).shape[1])
+        return reference.bert(weights, config, **inputs, score_bias=score_bias).hidden_states[-1]
+
+    def _bert_name(self, name: str) -> str:
+        """What BERT calls a tensor of this family's state."""
+        layer, _, rest = name.removeprefix(f"{self.layers}.layer.").partition(".")
+        part, _, kind = rest.rpartition(".")
+        return f"encoder.layer.{layer}.{self.bert_names[part]}.{kind}" if part in self.bert_names else name
+
+    def sizes(self, model: Any) -> dict[str, Any]:
+        """The configuration in BERT's words."""
+        return {**model.config.to_dict(), "model_type": "bert"}
+
+    def score_bias(self, model: Any, length: int) -> Tensor | None:  # noqa: ARG002
+        """(heads, length, length) in float64, what the model adds to attention's scores."""
+        return None

@@ -22,11 +22,13 @@ from torch import nn
 from .. import engine
 from ..graphs import GraphRunner
 from .bert import FAMILY as BERT
+from .distilbert import DISTILBERT
 from .electra import ELECTRA
 from .family import Call, Family, Rounding, kept_rows
+from .mpnet import MPNET
 from .roberta import CAMEMBERT, ROBERTA, XLM_ROBERTA
 
-FAMILIES: tuple[Family, ...] = (BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT, ELECTRA)
+FAMILIES: tuple[Family, ...] = (BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT, DISTILBERT, ELECTRA, MPNET)
 
 Model = TypeVar("Model", bound=nn.Module)
 

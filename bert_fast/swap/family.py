@@ -83,6 +83,7 @@ class Family:
         plan: the parts that a call runs on, or, as a string, why it takes the original path.
         run: the fast forward of the encoder, given the plan.
         stack: the encoder's layers as the CPU engine sees them.
+        widths: operator -> size of the dimension that its kernel works along, for an encoder.
         oracle: the encoder's last hidden state (batch, length, hidden_size), in float64 on the CPU.
         kept_rows: for heads that read other rows than all that the mask shows: class -> (call -> what they read).
     """
@@ -94,5 +95,6 @@ class Family:
     plan: Callable[[Any, Call], Any]
     run: Callable[[Any, Call, Any], Any]
     stack: Callable[[Any], engine.Stack]
+    widths: Callable[[Any], Mapping[str, int]]
     oracle: Callable[[Any, Call], Tensor]
     kept_rows: Mapping[str, Callable[[Call], Read]]

@@ -70,10 +70,8 @@ class Report:
 
 def _parts(encoder: Any) -> tuple[Part, ...]:
     parameter = next(encoder.parameters())
-    config = encoder.config
     dtype, device = parameter.dtype, parameter.device.type
-    head_size = config.hidden_size // config.num_attention_heads
-    widths = {"attention": head_size, "layer_norm": config.hidden_size, "gelu": config.intermediate_size}
+    widths = encoder.bert_fast_family.widths(encoder)
     parts = []
     if device == "cpu":
         parts.append(Part("padding", "cpp", "boundaries from the mask, on the host"))
@@ -82,11 +80,11 @@ def _parts(encoder: Any) -> tuple[Part, ...]:
             Part("padding", "cpp", "boundaries from the mask, on the host; a mask on the device is copied there")
         )
     for op, width in widths.items():
-        choice = ops.choose(op, device, dtype, width)  # type: ignore[arg-type]
+        choice = ops.choose(op, device, dtype, width)
         parts.append(Part(op, choice.path, choice.reason))
     if device == "cpu":
         parts.append(_engine_part(encoder, parameter))
-    choice = ops.choose("linear", device, dtype, config.hidden_size)
+    choice = ops.choose("linear", device, dtype, widths["layer_norm"])
     parts.append(Part("linear", choice.path, f"{choice.reason}, on real tokens alone"))
     return tuple(parts)
 

@@ -140,6 +140,17 @@ inline SoftmaxRow softmax_row(float* scores, int64_t keys, int64_t padded, float
     return {sum_of_lanes(sums), largest * scale};
 }
 
+// The same for one query's scores, which are to have a bias.
+inline SoftmaxRow softmax_row(const AttentionShape& shape, int64_t head, int64_t query, float* scores, int64_t keys,
+                              int64_t padded) {
+    if (!shape.bias.is_on()) return softmax_row(scores, keys, padded, shape.scale);
+    const float* bias = shape.bias.line(head, query);
+    const float scale = shape.scale;
+#pragma omp simd
+    for (int64_t j = 0; j < keys; ++j) scores[j] = scores[j] * scale + bias[j];
+    return softmax_row(scores, keys, padded, 1.0f);
+}
+
 // Scratch of one thread, reused from item to item.
 struct Scratch {
     std::vector<float> storage;
@@ -155,14 +166,18 @@ struct Scratch {
     }
 };
 
-// Some queries of one sequence, by one head. q and out begin with the first of them, which is row `first_row` of the
-// sequence; log_sum_exp may be null.
+// Some queries of one sequence, by one head. q and out begin with the first of them; log_sum_exp may be null.
 struct Queries {
     ConstRows q;
     Rows out;
     float* log_sum_exp;
     int64_t count;
-    int64_t first_row;
+    int64_t first_row;    // of the sequence, if they are neighbours
+    const int64_t* rows;  // else the packed row of each
+
+    int64_t row(int64_t query, const Tile& tile) const {
+        return rows == nullptr ? first_row + query : rows[query] - tile.sequence_start;
+    }
 };
 
 inline void attend_queries(const AttentionShape& shape, const Tile& tile, int64_t head, const Queries& queries,
@@ -204,11 +219,12 @@ inline void attend_queries(const AttentionShape& shape, const Tile& tile, int64_
                  padded_keys, false);
         for (int64_t i = 0; i < count; ++i) {
             float* weights = scores + i * padded_keys;
-            const SoftmaxRow softmax = softmax_row(weights, keys, padded_keys, shape.scale);
+            const int64_t query = queries.row(row + i, tile);
+            const SoftmaxRow softmax = softmax_row(shape, head, query, weights, keys, padded_keys);
             inverse_sums[i] = 1.0f / softmax.sum;
             if (queries.log_sum_exp != nullptr) queries.log_sum_exp[row + i] = softmax.log_sum_exp();
             if (!shape.dropout.is_on()) continue;
-            dropout_factors(shape.dropout, tile.sequence_start, head, queries.first_row + row + i, keys, factors);
+            dropout_factors(shape.dropout, tile.sequence_start, head, query, keys, factors);
 #pragma omp simd
             for (int64_t j = 0; j < keys; ++j) weights[j] *= factors[j];
         }
@@ -230,7 +246,8 @@ inline void attention_tile(const AttentionShape& shape, const Tile& tile, int64_
                           {out.row(first), out.stride},
                           log_sum_exp == nullptr ? nullptr : log_sum_exp + head * shape.tokens + first,
                           std::min<int64_t>(shape.tile_size, tile.num_rows - tile.first_row),
-                          tile.first_row};
+                          tile.first_row,
+                          nullptr};
     attend_queries(shape, tile, head, queries, k, v, scratch);
 }
 
@@ -258,8 +275,9 @@ inline void attention_grad_sequence(const AttentionShape& shape, const Tile& til
     const int64_t padded_keys = round_up(keys, kLanes);
     const int64_t padded_size = round_up(size, kLanes);
     const int64_t factor_count = shape.dropout.is_on() ? round_up(keys, 4 * kStep) : 0;
+    const int64_t distances = grads.bias != nullptr ? queries + keys : 0;
     scratch.reset(2 * size * padded_keys + 3 * keys * padded_size + kGradQueryBlock * (2 * padded_keys + 3 * padded_size) +
-                  factor_count);
+                  factor_count + distances);
     float* k_transposed = scratch.take(size * padded_keys);
     float* v_transposed = scratch.take(size * padded_keys);
     float* k_padded = scratch.take(keys * padded_size);
@@ -271,6 +289,8 @@ inline void attention_grad_sequence(const AttentionShape& shape, const Tile& til
     float* grad_out_block = scratch.take(kGradQueryBlock * padded_size);
     float* grad_q = scratch.take(kGradQueryBlock * padded_size);
     float* factors = scratch.take(factor_count);
+    float* grad_bias = scratch.take(distances);  // of key j for query i at j - i + queries
+    std::fill_n(grad_bias, distances, 0.0f);
     transpose_padded(k.row(start) + offset, k.stride, keys, size, padded_keys, k_transposed);
     transpose_padded(v.row(start) + offset, v.stride, keys, size, padded_keys, v_transposed);
     copy_padded(k.row(start) + offset, k.stride, keys, size, padded_size, k_padded);
@@ -298,20 +318,31 @@ inline void attention_grad_sequence(const AttentionShape& shape, const Tile& til
             float* p = probabilities + i * padded_keys;
             float* ds = grad_scores + i * padded_keys;
             // Not from the log-sum-exp: its rounding alone would cost the probabilities two units in the last place.
-            const float inverse = 1.0f / softmax_row(p, keys, padded_keys, shape.scale).sum;
+            const float inverse = 1.0f / softmax_row(shape, head, row + i, p, keys, padded_keys).sum;
+            // The bias's gradient is that of the scaled scores.
+            const float scale = grads.bias != nullptr ? 1.0f : shape.scale;
             if (shape.dropout.is_on()) {
                 dropout_factors(shape.dropout, start, head, row + i, keys, factors);
 #pragma omp simd
                 for (int64_t j = 0; j < keys; ++j) {
                     const float probability = p[j] * inverse;
                     p[j] = probability * factors[j];
-                    ds[j] = probability * (ds[j] * factors[j] - delta) * shape.scale;
+                    ds[j] = probability * (ds[j] * factors[j] - delta) * scale;
                 }
             } else {
 #pragma omp simd
                 for (int64_t j = 0; j < keys; ++j) {
                     p[j] *= inverse;
-                    ds[j] = p[j] * (ds[j] - delta) * shape.scale;
+                    ds[j] = p[j] * (ds[j] - delta) * scale;
+                }
+            }
+            if (grads.bias != nullptr) {
+                float* line = grad_bias + queries - (row + i);
+                const float score_scale = shape.scale;
+#pragma omp simd
+                for (int64_t j = 0; j < keys; ++j) {
+                    line[j] += ds[j];
+                    ds[j] *= score_scale;
                 }
             }
             std::fill(p + keys, p + padded_keys, 0.0f);
@@ -334,18 +365,31 @@ inline void attention_grad_sequence(const AttentionShape& shape, const Tile& til
         std::fill_n(grads.k.row(start + j) + offset, size, 0.0f);
         std::fill_n(grads.v.row(start + j) + offset, size, 0.0f);
     }
+    if (grads.bias != nullptr) {
+        float* to = grads.bias + head * shape.bias.width() + shape.bias.reach;
+        for (int64_t distance = 1 - queries; distance < keys; ++distance) to[distance] += grad_bias[distance + queries];
+    }
 }
 
 void attention_backward(const AttentionShape& shape, ConstRows q, ConstRows k, ConstRows v, ConstRows out,
                         ConstRows grad_out, const AttentionGradients& grads, int threads) {
+    const auto add_sequence = [&](int64_t tile, int64_t head, Scratch& scratch) {
+        if (shape.tiles[tile].first_row == 0)
+            attention_grad_sequence(shape, shape.tiles[tile], head, q, k, v, out, grad_out, grads, scratch);
+    };
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         Scratch scratch;
+        if (grads.bias != nullptr) {  // a head's sequences one after another, so that their sum has one order
 #pragma omp for schedule(dynamic)
-        for (int64_t item = 0; item < shape.num_tiles * shape.heads; ++item) {
-            const Tile& tile = shape.tiles[item / shape.heads];
-            if (tile.first_row == 0)
-                attention_grad_sequence(shape, tile, item % shape.heads, q, k, v, out, grad_out, grads, scratch);
+            for (int64_t head = 0; head < shape.heads; ++head) {
+                std::fill_n(grads.bias + head * shape.bias.width(), shape.bias.width(), 0.0f);
+                for (int64_t tile = 0; tile < shape.num_tiles; ++tile) add_sequence(tile, head, scratch);
+            }
+        } else {
+#pragma omp for schedule(dynamic)
+            for (int64_t item = 0; item < shape.num_tiles * shape.heads; ++item)
+                add_sequence(item / shape.heads, item % shape.heads, scratch);
         }
     }
 }

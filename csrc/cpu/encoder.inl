@@ -220,14 +220,17 @@ class EncoderStack {
             const int64_t first = int64_t{tile.sequence_start} + tile.first_row;
             int64_t query = first;
             int64_t count = std::min<int64_t>(shape.tile_size, tile.num_rows - tile.first_row);
+            const int64_t* rows = nullptr;
             if (is_partial) {
                 const int64_t* end = shape_.rows + shape_.num_rows;
                 const int64_t* begin = std::lower_bound(shape_.rows, end, first);
                 query = begin - shape_.rows;
+                rows = begin;
                 count = std::lower_bound(begin, end, first + count) - begin;
             }
             attend_queries(shape, tile, head,
-                           {{query_ + query * row_, row_}, {context_ + query * row_, row_}, nullptr, count, 0},
+                           {{query_ + query * row_, row_}, {context_ + query * row_, row_}, nullptr, count,
+                            tile.first_row, rows},
                            {key_, row_}, {value_, row_}, scratch);
         });
     }

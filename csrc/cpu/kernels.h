@@ -33,6 +33,19 @@ struct Dropout {
     bool is_on() const { return threshold > 0; }
 };
 
+// Added to the scores: that of query i and key j of a sequence gets values[head * (2 * reach + 1) + j - i + reach], the
+// rows being numbered from the sequence's first (Raffel et al. 2020, section 2.1). `reach` is at least the longest
+// sequence's rows less one.
+struct RelativeBias {
+    const float* values = nullptr;  // null: none
+    int64_t reach = 0;
+
+    bool is_on() const { return values != nullptr; }
+    int64_t width() const { return 2 * reach + 1; }
+    // That of key 0 for a query; those of keys 1, 2, ... follow.
+    const float* line(int64_t head, int64_t query) const { return values + head * width() + reach - query; }
+};
+
 // Scaled dot-product attention within each sequence, no mask but the number of keys (Vaswani et al. 2017, equation 1).
 // q, k, v, out and their gradients are (tokens, heads * head_size); log_sum_exp is (heads, tokens), natural logarithm,
 // -inf where a query has no key; such a query's output is zero.
@@ -45,10 +58,12 @@ struct AttentionShape {
     int64_t head_size;
     float scale;
     Dropout dropout;
+    RelativeBias bias;
 };
 
 struct AttentionGradients {
     Rows q, k, v;
+    float* bias;  // (heads, 2 * reach + 1), or null where it is not wanted
 };
 
 enum class Gelu { erf, tanh };
@@ -59,7 +74,7 @@ struct Norm {
     float eps;
 };
 
-// (entries, width) each.
+// (entries, width) each; token_type may be null.
 struct EmbeddingTables {
     const float* word;
     const float* position;
@@ -131,7 +146,7 @@ struct Kernels {
                                     float* grad_x, float* grad_weight, float* grad_bias, int threads);
 
     // y (tokens, width) = LayerNorm(word[ids] + position[positions] + token_type[token_types]) (Devlin et al. 2018, figure
-    // 2); token_types null: all 0. Indices are checked by the caller.
+    // 2), or of the first two; token_types null: all 0. Indices are checked by the caller.
     void (*embedding)(const EmbeddingTables&, int64_t width, int64_t tokens, const int64_t* ids, const int64_t* positions,
                       const int64_t* token_types, const Norm&, float* y, int threads);
 

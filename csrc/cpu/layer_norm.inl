@@ -61,10 +61,15 @@ void embedding(const EmbeddingTables& tables, int64_t width, int64_t tokens, con
     for (int64_t token = 0; token < tokens; ++token) {
         const float* word = tables.word + ids[token] * width;
         const float* position = tables.position + positions[token] * width;
-        const float* type = tables.token_type + (token_types == nullptr ? 0 : token_types[token] * width);
         float* row = y + token * width;
+        if (tables.token_type == nullptr) {
 #pragma omp simd
-        for (int64_t i = 0; i < width; ++i) row[i] = position[i] + (word[i] + type[i]);
+            for (int64_t i = 0; i < width; ++i) row[i] = position[i] + word[i];
+        } else {
+            const float* type = tables.token_type + (token_types == nullptr ? 0 : token_types[token] * width);
+#pragma omp simd
+            for (int64_t i = 0; i < width; ++i) row[i] = position[i] + (word[i] + type[i]);
+        }
         float mean;
         float rstd;
         normalise_row(width, norm.weight, norm.bias, norm.eps, row, mean, rstd);
