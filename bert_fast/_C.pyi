@@ -112,7 +112,13 @@ def has_openmp() -> bool: ...
 
 class Encoder:
     def __init__(
-        self, hidden_size: int, num_heads: int, intermediate_size: int, approximate: str, products: str
+        self,
+        hidden_size: int,
+        num_heads: int,
+        intermediate_size: int,
+        activation: str,
+        products: str,
+        norm_first: bool = False,
     ) -> None: ...
     def add_layer(
         self,

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from . import _C, ops
 from .masking import PackedBatch
-from .nn import EncoderLayerParts, dropout_rate, is_plain, is_plain_norm
+from .nn import EncoderLayerParts, Slice, dropout_rate, is_linear, is_plain_norm
 
+NAMES = ("weight", "bias")
 LINEARS = ("query", "key", "value", "attention_output", "intermediate", "output")
 WEIGHTS = (0, 2, 4, 6, 10, 12)  # theirs, among the tensors of a layer
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -46,6 +47,7 @@ class Stack:
         exact: those that multiply in float32 all the same.
         refusal: why the engine does not serve them; None: it does.
         tensors: their parameters, 16 a layer, in the order of _C.Encoder.add_layer.
+        roots: the whole parameters that those are, or are parts of.
         products: what the linear layers multiply in, but for those of `exact`: see `products_of`.
         are_narrow: for each layer which of LINEARS multiply in fewer bits than float32's.
         kind: what, beside the tensors, the packed form depends on.
@@ -56,31 +58,44 @@ class Stack:
     exact: frozenset[nn.Module] = frozenset()
     refusal: str | None = None
     tensors: list[Tensor] = field(default_factory=list)
+    roots: list[Tensor] = field(default_factory=list)
     products: Products = "float32"
     are_narrow: list[list[bool]] = field(default_factory=list)
     kind: tuple[Any, ...] = ()
 
     def look_through(self) -> None:
         """Sets all that follows from the layers as they are now."""
-        self.refusal, self.tensors, self.are_narrow, self.kind = None, [], [], ()
+        self.refusal, self.tensors, self.roots, self.are_narrow, self.kind = None, [], [], [], ()
         try:
             if not self.layers:
                 raise Refused("there are no layers")
             for number, layer in enumerate(self.layers):
-                self.tensors += _tensors(layer, number)
+                tensors, roots = _tensors(layer, number)
+                self.tensors += tensors
+                self.roots += roots
             _check_shapes(self.layers, self.tensors)
         except Refused as refused:
             self.refusal = str(refused)
             return
         self.products = products_of(self.wanted, self.dtype)
         self.are_narrow = [
-            [self.products != "float32" and getattr(layer, name) not in self.exact for name in LINEARS]
+            [self.products != "float32" and not self._is_exact(getattr(layer, name)) for name in LINEARS]
             for layer in self.layers
         ]
         norms: Any = [norm for layer in self.layers for norm in (layer.attention_norm, layer.output_norm)]
         flags = (flag for layer in self.are_narrow for flag in layer)
         first = self.layers[0]
-        self.kind = (first.activation, first.head_size, *(norm.eps for norm in norms), self.products, *flags)
+        self.kind = (
+            first.activation,
+            first.head_size,
+            first.norm_first,
+            *(norm.eps for norm in norms),
+            self.products,
+            *flags,
+        )
+
+    def _is_exact(self, module: nn.Module) -> bool:
+        return module in self.exact or module.__dict__.get("owner") in self.exact
 
     @property
     def dtype(self) -> torch.dtype:
@@ -89,7 +104,7 @@ class Stack:
 
     def state(self) -> list[Any]:
         """Changes whenever a tensor is replaced or, by autograd's count, written to."""
-        return [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in self.tensors]
+        return [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in self.roots]
 
 
 def products_of(wanted: Products, dtype: torch.dtype) -> Products:
@@ -121,35 +136,38 @@ def _is_ordinary(x: Tensor | None) -> bool:
     )
 
 
-def _tensors(layer: EncoderLayerParts, number: int) -> list[Tensor]:
-    """
+def _tensors(layer: EncoderLayerParts, number: int) -> tuple[list[Tensor], list[Tensor]]:
+    """The layer's parameters, and the whole ones where those are parts.
+
     Raises:
         Refused: a part is not what the engine computes.
     """
     if not isinstance(layer.activation, str):
-        raise Refused("the activation is not GELU")
-    dropouts = (dropout_rate(layer.attention_output_dropout), dropout_rate(layer.output_dropout))
-    if layer.attention_dropout_p != 0.0 or dropouts != (0.0, 0.0):
+        raise Refused("the activation is neither GELU nor ReLU")
+    dropouts = (layer.attention_output_dropout, layer.inner_dropout, layer.output_dropout)
+    if layer.attention_dropout_p != 0.0 or any(dropout_rate(dropout) != 0.0 for dropout in dropouts):
         raise Refused("dropout is on")
-    result: list[Tensor] = []
+    tensors: list[Tensor] = []
+    roots: list[Tensor] = []
     modules = (
         layer.query, layer.key, layer.value, layer.attention_output, layer.attention_norm, layer.intermediate,
         layer.output, layer.output_norm,
     )  # fmt: skip
     for module in modules:
-        if not (is_plain(module, nn.Linear) or is_plain_norm(module)):
+        if not (is_linear(module) or is_plain_norm(module)):
             raise Refused(f"layer {number} has a {type(module).__name__} that is hooked or not torch's own")
-        for name in ("weight", "bias"):
-            tensor = module._parameters.get(name)
-            if tensor is None or not _is_ordinary(tensor):
+        wholes = module.roots if isinstance(module, Slice) else [module._parameters.get(name) for name in NAMES]
+        for name, whole in zip(NAMES, wholes, strict=True):
+            if whole is None or not _is_ordinary(whole):
                 kind = type(module).__name__
                 raise Refused(f"layer {number}: the {name} of a {kind} is not dense, in 32 or 16 bits and on the CPU")
-            result.append(tensor)
-    return result
+            roots.append(whole)
+            tensors.append(getattr(module, name).detach() if isinstance(module, Slice) else whole)
+    return tensors, roots
 
 
 def _check_shapes(layers: Sequence[EncoderLayerParts], tensors: list[Tensor]) -> None:
-    if len({(layer.activation, layer.head_size) for layer in layers}) > 1:
+    if len({(layer.activation, layer.head_size, layer.norm_first) for layer in layers}) > 1:
         raise Refused("the layers are of several kinds")
     if len({x.dtype for x in tensors}) > 1:
         raise Refused("the parameters have several dtypes")
@@ -170,8 +188,10 @@ class _Packed:
         self.state = state
         self.arrays: list[np.ndarray[Any, Any]] = []
         hidden_size, intermediate_size = stack.tensors[0].shape[0], stack.tensors[10].shape[0]
-        activation, head_size, *_ = stack.kind
-        self.encoder = _C.Encoder(hidden_size, hidden_size // head_size, intermediate_size, activation, stack.products)
+        activation, head_size, norm_first, *_ = stack.kind
+        self.encoder = _C.Encoder(
+            hidden_size, hidden_size // head_size, intermediate_size, activation, stack.products, norm_first
+        )
         for number in range(len(stack.layers)):
             self._add_layer(number)
 
@@ -222,7 +242,7 @@ def why_not(stack: Stack, hidden: Tensor) -> str | None:
         return f"the activations are {hidden.dtype} and the parameters {stack.dtype}"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
-    if torch.is_grad_enabled() and (hidden.requires_grad or any(x.requires_grad for x in stack.tensors)):
+    if torch.is_grad_enabled() and (hidden.requires_grad or any(x.requires_grad for x in stack.roots)):
         return "gradients are recorded"
     return None
 

@@ -17,8 +17,11 @@ from .masking import PackedBatch
 
 __all__ = ["GELU", "EncoderLayer", "LayerNorm"]
 
-Activation = Literal["none", "tanh"] | Callable[[Tensor], Tensor]
-"""GELU by its `approximate` argument, which is fused with the bias before it, or any function of a tensor."""
+Activation = Literal["none", "tanh", "relu"] | Callable[[Tensor], Tensor]
+"""GELU by its `approximate` argument, which is fused with the bias before it; ReLU; or any function of a tensor."""
+
+NO_DROPOUT = nn.Dropout(0.0).eval()
+"""For a place where a model has none."""
 
 
 class LayerNorm(nn.LayerNorm):
@@ -67,7 +70,53 @@ class EncoderLayerParts(Protocol):
     @property
     def output_dropout(self) -> nn.Module: ...
     @property
+    def inner_dropout(self) -> nn.Module: ...
+    @property
     def head_size(self) -> int: ...
+    @property
+    def norm_first(self) -> bool: ...
+
+
+class Slice(nn.Module):
+    """Some outputs of a linear map whose parameters another module holds, which is not this one's child.
+
+    Args:
+        owner: has the parameters.
+        first, last: of the outputs.
+        weight, bias: names of the parameters.
+    """
+
+    def __init__(self, owner: nn.Module, first: int, last: int, weight: str = "weight", bias: str = "bias") -> None:
+        super().__init__()
+        object.__setattr__(self, "owner", owner)
+        self.first, self.last = first, last
+        self.names = (weight, bias)
+
+    @property
+    def roots(self) -> list[Tensor | None]:
+        """The whole parameters."""
+        owner: nn.Module = self.__dict__["owner"]
+        return [owner._parameters.get(name) for name in self.names]
+
+    @property
+    def weight(self) -> Tensor:
+        """(outputs, inputs), a view."""
+        weight = self.roots[0]
+        assert weight is not None
+        return weight[self.first : self.last]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(outputs,), a view, or None."""
+        bias = self.roots[1]
+        return None if bias is None else bias[self.first : self.last]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., inputs) -> (..., outputs)."""
+        return F.linear(x, self.weight, self.bias)
+
+
+LINEARS = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
 def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
@@ -83,6 +132,11 @@ def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
 
 def drop(module: nn.Module, x: Tensor) -> Tensor:
     return x if is_plain(module, nn.Dropout) and not module.training else module(x)
+
+
+def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether it is a plain linear map, so that its weight and bias say all."""
+    return is_plain(module, *LINEARS, Slice)
 
 
 def dropout_rate(module: nn.Module) -> float | None:
@@ -118,8 +172,7 @@ def normalise(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Ten
 
 def multiply(linear: nn.Module, x: Tensor) -> Tensor:
     """linear(x), by the fastest product where it is a plain linear layer."""
-    if x.device.type == "cpu" and is_plain(linear, nn.Linear):
-        assert isinstance(linear, nn.Linear)
+    if x.device.type == "cpu" and is_linear(linear):
         return functional.linear(x, linear.weight, linear.bias)
     result: Tensor = linear(x)
     return result
@@ -139,8 +192,7 @@ def project(
     if rate is None or not is_plain_norm(norm) or not has_kernel("layer_norm", residual):
         return normalise(norm, drop(dropout, multiply(linear, x)), residual)
     input_bias = None
-    if is_plain(linear, nn.Linear):
-        assert isinstance(linear, nn.Linear)
+    if is_linear(linear):
         x, input_bias = F.linear(x, linear.weight), linear.bias
     else:
         x = linear(x)
@@ -153,8 +205,9 @@ def expand(linear: nn.Module, activation: Activation, x: Tensor) -> Tensor:
     """activation(linear(x)); the bias of a plain linear layer is added by the GELU kernel."""
     if not isinstance(activation, str):
         return activation(multiply(linear, x))
-    if is_plain(linear, nn.Linear) and linear.bias is not None:
-        assert isinstance(linear, nn.Linear)
+    if activation == "relu":
+        return F.relu(multiply(linear, x))
+    if is_linear(linear) and linear.bias is not None:
         return functional.gelu(functional.linear(x, linear.weight), linear.bias, activation)
     return functional.gelu(linear(x), None, activation)
 
@@ -176,7 +229,7 @@ def encoder_layer(
     rows: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """One post-norm encoder layer (Devlin et al. 2018; Vaswani et al. 2017, section 3.1) on packed rows.
+    """One encoder layer (Devlin et al. 2018; Vaswani et al. 2017, section 3.1) on packed rows.
 
     Args:
         parts: its modules.
@@ -191,10 +244,11 @@ def encoder_layer(
     """
     heads = (-1, parts.head_size)
     seed = _layer_seed(parts, hidden_states)
+    x = normalise(parts.attention_norm, hidden_states) if parts.norm_first else hidden_states
     context = functional.attention(
-        multiply(parts.query, hidden_states).unflatten(-1, heads),
-        multiply(parts.key, hidden_states).unflatten(-1, heads),
-        multiply(parts.value, hidden_states).unflatten(-1, heads),
+        multiply(parts.query, x).unflatten(-1, heads),
+        multiply(parts.key, x).unflatten(-1, heads),
+        multiply(parts.value, x).unflatten(-1, heads),
         batch.cu_seqlens,
         batch.max_seqlen,
         tiles=batch.tiles,
@@ -205,15 +259,22 @@ def encoder_layer(
     ).flatten(1)
     if rows is not None:
         context, hidden_states = context.index_select(0, rows), hidden_states.index_select(0, rows)
+    if parts.norm_first:
+        hidden_states = hidden_states + drop(parts.attention_output_dropout, multiply(parts.attention_output, context))
+        expanded = expand(parts.intermediate, parts.activation, normalise(parts.output_norm, hidden_states))
+        return hidden_states + drop(parts.output_dropout, multiply(parts.output, drop(parts.inner_dropout, expanded)))
     attended = project(
         parts.attention_output, parts.attention_output_dropout, parts.attention_norm, context, hidden_states, seed, 1
     )
-    expanded = expand(parts.intermediate, parts.activation, attended)
+    expanded = drop(parts.inner_dropout, expand(parts.intermediate, parts.activation, attended))
     return project(parts.output, parts.output_dropout, parts.output_norm, expanded, attended, seed, 2)
 
 
 class EncoderLayer(nn.Module):
-    """An encoder layer that owns its parts."""
+    """A post-norm encoder layer that owns its parts."""
+
+    inner_dropout = NO_DROPOUT
+    norm_first = False
 
     def __init__(
         self,

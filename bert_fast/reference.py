@@ -7,7 +7,7 @@ so it decides what the right answer is.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -79,6 +79,75 @@ def attention(
         last_key = stop if num_keys is None else start + int(num_keys[sequence])
         outputs.append(attend(q[start:stop], k[start:last_key], v[start:last_key], scale))
     return torch.cat(outputs) if outputs else torch.zeros_like(q)
+
+
+class TorchLayer(NamedTuple):
+    """
+    Attributes:
+        weights: tensors under the names of torch.nn.TransformerEncoderLayer's state.
+        num_heads: of the attention.
+        activation: "none" or "tanh" for GELU, or "relu".
+        norm_first: whether norms stand before attention and feed-forward layer.
+        eps: of the two norms.
+    """
+
+    weights: Mapping[str, Tensor]
+    num_heads: int
+    activation: str
+    norm_first: bool
+    eps: tuple[float, float]
+
+
+def torch_encoder(layers: Sequence[TorchLayer], x: Tensor, keys: Tensor | None = None) -> Tensor:
+    """torch.nn.TransformerEncoder without its last norm (Vaswani et al. 2017; Xiong et al. 2020); no dropout.
+
+    Args:
+        layers: its layers.
+        x: (batch, length, width).
+        keys: (batch, length) bool, where tokens are attended to; None: everywhere.
+
+    Returns:
+        (batch, length, width).
+    """
+    keys = torch.ones(x.shape[:2], dtype=torch.bool) if keys is None else keys
+    for layer in layers:
+        x = _torch_layer(layer, x, keys)
+    return x
+
+
+def _torch_layer(layer: TorchLayer, x: Tensor, keys: Tensor) -> Tensor:
+    weights = layer.weights
+
+    def linear(name: str, values: Tensor) -> Tensor:
+        separator = "_" if name.endswith("in_proj") else "."
+        result = values @ weights[f"{name}{separator}weight"].T
+        bias = weights.get(f"{name}{separator}bias")
+        return result if bias is None else result + bias
+
+    def normalise(number: int, values: Tensor) -> Tensor:
+        weight = weights[f"norm{number}.weight"]
+        bias = weights.get(f"norm{number}.bias", torch.zeros_like(weight))
+        return layer_norm(values, weight, bias, layer.eps[number - 1])
+
+    def attended(values: Tensor) -> Tensor:
+        heads = linear("self_attn.in_proj", values).unflatten(-1, (3, layer.num_heads, -1))
+        scale = 1 / math.sqrt(heads.shape[-1])
+        rows = []
+        for row, is_key in zip(heads, keys, strict=True):
+            q, k, v = row.unbind(1)
+            rows.append(attend(q, k[is_key], v[is_key], scale).flatten(1))
+        return linear("self_attn.out_proj", torch.stack(rows) if rows else values)
+
+    def fed_forward(values: Tensor) -> Tensor:
+        inner = linear("linear1", values)
+        inner = inner.clamp(min=0) if layer.activation == "relu" else gelu(inner, approximate=layer.activation)
+        return linear("linear2", inner)
+
+    if layer.norm_first:
+        x = x + attended(normalise(1, x))
+        return x + fed_forward(normalise(2, x))
+    x = normalise(1, x + attended(x))
+    return normalise(2, x + fed_forward(x))
 
 
 def bert(

@@ -508,13 +508,20 @@ cpu::Narrow narrow_kind(const std::string& name) {
          "\"float32\" or \"int8\" is allowed here");
 }
 
-Encoder make_encoder(int64_t hidden_size, int64_t num_heads, int64_t intermediate_size, const std::string& approximate,
-                     const std::string& products) {
+cpu::Nonlinearity nonlinearity(const std::string& activation) {
+    if (activation == "none") return cpu::Nonlinearity::gelu_erf;
+    if (activation == "tanh") return cpu::Nonlinearity::gelu_tanh;
+    if (activation == "relu") return cpu::Nonlinearity::relu;
+    fail("activation is \"" + activation + "\"; it must be none, tanh or relu");
+}
+
+Encoder make_encoder(int64_t hidden_size, int64_t num_heads, int64_t intermediate_size, const std::string& activation,
+                     const std::string& products, bool norm_first) {
     if (hidden_size < 1 || num_heads < 1 || intermediate_size < 1 || hidden_size % num_heads != 0)
         fail("hidden_size is " + std::to_string(hidden_size) + ", num_heads " + std::to_string(num_heads) +
              ", intermediate_size " + std::to_string(intermediate_size) +
              "; all must be positive and num_heads must divide hidden_size");
-    return {hidden_size, num_heads, intermediate_size, gelu_kind(approximate), narrow_kind(products)};
+    return {hidden_size, num_heads, intermediate_size, nonlinearity(activation), narrow_kind(products), norm_first};
 }
 
 // arrays: weight and bias of query, key, value, attention output, attention norm, intermediate, output, output norm. The
@@ -634,7 +641,7 @@ PYBIND11_MODULE(_C, module) {
                py::arg("approximate"), py::arg("grad_x"), py::arg("grad_bias"), py::arg("threads"));
     py::class_<Encoder>(module, "Encoder")
         .def(py::init(&make_encoder), py::arg("hidden_size"), py::arg("num_heads"), py::arg("intermediate_size"),
-             py::arg("approximate"), py::arg("products"))
+             py::arg("activation"), py::arg("products"), py::arg("norm_first") = false)
         .def("add_layer", &add_encoder_layer, py::arg("arrays"), py::arg("attention_eps"), py::arg("output_eps"),
              py::arg("are_narrow"), py::arg("watched"), py::arg("threads"))
         .def("is_current", &Encoder::is_current)

@@ -13,10 +13,12 @@ constexpr int64_t kSamples = 8;  // of each array
 
 }  // namespace
 
-Encoder::Encoder(int64_t hidden_size, int64_t num_heads, int64_t intermediate_size, cpu::Gelu gelu, cpu::Narrow narrow) {
+Encoder::Encoder(int64_t hidden_size, int64_t num_heads, int64_t intermediate_size, cpu::Nonlinearity nonlinearity,
+                 cpu::Narrow narrow, bool norm_first) {
     shape_.hidden_size = hidden_size;
     shape_.intermediate_size = intermediate_size;
-    shape_.gelu = gelu;
+    shape_.nonlinearity = nonlinearity;
+    shape_.norm_first = norm_first;
     shape_.narrow = narrow;
     shape_.attention.heads = num_heads;
     shape_.attention.head_size = hidden_size / num_heads;

@@ -32,7 +32,8 @@ class Encoder {
         size_t element_size;  // at most that of Sample::bits
     };
 
-    Encoder(int64_t hidden_size, int64_t num_heads, int64_t intermediate_size, cpu::Gelu gelu, cpu::Narrow narrow);
+    Encoder(int64_t hidden_size, int64_t num_heads, int64_t intermediate_size, cpu::Nonlinearity nonlinearity,
+            cpu::Narrow narrow, bool norm_first);
     Encoder(Encoder&&) = default;  // and no copy: the layers point into storage_
 
     static constexpr size_t kLinears = 6;  // in the order of LayerArrays

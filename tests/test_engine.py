@@ -611,14 +611,17 @@ def part_of_report(model: Any) -> tuple[str, str]:
     [
         (lambda model: model.train(), "dropout is on"),
         (lambda model: model.double(), "float64 on the CPU: the C++ kernels take float32"),
-        (lambda model: part("output.dense")(model).register_forward_hook(print), "Linear has hooks"),
+        (
+            lambda model: part("output.dense")(model).register_forward_hook(print),
+            "encoder.layer.1.output.dense has hooks",
+        ),
         (without_bias, "layer 1: the bias of a Linear is not dense, in 32 or 16 bits and on the CPU"),
         (parametrised, "layer 1 has a ParametrizedLinear that is hooked or not torch's own"),
         (pruned, "the layers are of several shapes"),
-        (lambda model: setattr(part("intermediate")(model), "intermediate_act_fn", nn.ReLU()), "not GELU"),
+        (lambda model: setattr(part("intermediate")(model), "intermediate_act_fn", nn.SiLU()), "neither GELU nor"),
         (lambda model: setattr(part("intermediate")(model), "intermediate_act_fn", nn.GELU("tanh")), "several kinds"),
     ],
-    ids=["training", "float64", "hook", "no bias", "parametrised", "narrower", "relu", "two activations"],
+    ids=["training", "float64", "hook", "no bias", "parametrised", "narrower", "silu", "two activations"],
 )
 def test_engine_report(swapped: Any, change: Callable[[Any], object], reason: str) -> None:
     expected = ("cpp", "without gradients all in one call, products in float32 on packed weights")
@@ -747,7 +750,7 @@ def test_engine_sizes_are_checked(sizes: tuple[int, int, int]) -> None:
 
 
 def test_engine_activation_is_checked() -> None:
-    with pytest.raises(ValueError, match=r"approximate is .erf."):
+    with pytest.raises(ValueError, match=r"activation is .erf."):
         _C.Encoder(HIDDEN, HEADS, INNER, "erf", "float32")
 
 

@@ -275,7 +275,12 @@ def engines_layer_lost(patch: pytest.MonkeyPatch) -> None:
 
 def engines_weights_off(patch: pytest.MonkeyPatch) -> None:
     real = engine._tensors
-    patch.setattr(engine, "_tensors", lambda *layer: [x * 1.01 for x in real(*layer)])
+
+    def tensors(layer: Any, number: int) -> tuple[list[Tensor], list[Tensor]]:
+        found, roots = real(layer, number)
+        return [x * 1.01 for x in found], roots
+
+    patch.setattr(engine, "_tensors", tensors)
     patch.setattr(engine, "_packed", weakref.WeakKeyDictionary())
 
 

@@ -17,7 +17,8 @@ from ..config import BertConfig
 from ..graphs import GraphRunner
 from ..guard import Kept
 from ..masking import PackedBatch, unpad
-from .family import FIRST_ROWS, Call, Family, Read, Rounding, kept_rows
+from .family import FIRST_ROWS, Call, Family, Read, kept_rows
+from .parts import Layer, Refused, activation_in, is_listened_to, leaf, stack_of, tracing_refusal
 
 # Arguments that the fast path serves; any other one that is given a value takes the original path.
 SERVED = frozenset(
@@ -36,31 +37,6 @@ SERVED = frozenset(
 
 # transformers' names for kernels that compute one and the same attention.
 STANDARD_ATTENTION = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
-
-ACTIVATION_CLASSES: dict[str, fast.Activation] = {
-    "GELUActivation": "none",
-    "NewGELUActivation": "tanh",
-    "GELUTanh": "tanh",
-    "PytorchGELUTanh": "tanh",
-}
-
-
-class Layer(NamedTuple):
-    """The parts of an encoder layer; see nn.EncoderLayerParts."""
-
-    query: nn.Module
-    key: nn.Module
-    value: nn.Module
-    attention_output: nn.Module
-    attention_norm: nn.Module
-    intermediate: nn.Module
-    output: nn.Module
-    output_norm: nn.Module
-    activation: fast.Activation
-    attention_dropout_p: float
-    attention_output_dropout: nn.Module
-    output_dropout: nn.Module
-    head_size: int
 
 
 class Embeddings(NamedTuple):
@@ -113,65 +89,6 @@ class Plan(NamedTuple):
 _plans: Kept[Plan] = Kept()
 
 
-NO_DROPOUT = nn.Dropout(0.0).eval()
-"""Where a family has none."""
-
-
-class Refused(Exception):  # noqa: N818
-    """A module within the encoder cannot be stepped over; the argument is the module and what is the matter."""
-
-
-# ---- the parts of the model ------------------------------------------------------------------------------------------
-
-
-# Hooks that mean the same on packed rows: transformers' recorders of outputs, asleep on the fast path, and the one that
-# gradient checkpointing and PEFT put on the word embeddings.
-HARMLESS_HOOKS = ("output_capturing_hook", "make_inputs_require_grads", "make_inputs_require_grad")
-
-
-def _is_listened_to(module: nn.Module) -> bool:
-    """Whether somebody has hooked the module, and would see packed rows there."""
-    hooks = module._forward_hooks
-    if hooks and any(getattr(hook, "__name__", "") not in HARMLESS_HOOKS for hook in hooks.values()):
-        return True
-    return bool(module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
-
-
-def leaf(parent: nn.Module, name: str) -> nn.Module:
-    """A module that the fast path calls, or fuses."""
-    module = parent._modules.get(name)
-    if module is None:
-        raise Refused(parent, f"has no {name}")
-    if _is_listened_to(module):
-        raise Refused(module, "has hooks")
-    return module
-
-
-def activation_in(parent: Any, name: str) -> fast.Activation:
-    """The fused form of an activation that is known to be GELU, else the module or function itself."""
-    if name not in parent._modules:
-        function: fast.Activation = getattr(parent, name)
-        return function
-    module = leaf(parent, name)
-    cls = type(module)
-    if "forward" in module.__dict__:
-        return module
-    if cls is nn.GELU:
-        return "tanh" if module.approximate == "tanh" else "none"
-    if cls.__module__ == "transformers.activations":
-        return ACTIVATION_CLASSES.get(cls.__name__, module)
-    return module
-
-
-def _stack(model: Any, parts: list[Layer]) -> engine.Stack:
-    """The layers for the engine, with the products that swap was asked for."""
-    rounding: Rounding | None = model.__dict__.get("bert_fast_rounding")
-    if rounding is None:
-        return engine.stack(parts)
-    exact = frozenset(part for name in rounding.exact for part in model.get_submodule(name).modules())
-    return engine.stack(parts, rounding.products, exact)
-
-
 # ---- which calls are served ------------------------------------------------------------------------------------------
 
 
@@ -216,10 +133,8 @@ def _mode_refusal(model: Any, layers: str) -> str | None:
         model: the encoder.
         layers: the attribute that holds the module around its layers.
     """
-    if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
-        return "the model is traced or exported"
-    if torch._C._are_functorch_transforms_active():
-        return "a function transform is active"
+    if (reason := tracing_refusal()) is not None:
+        return reason
     around = getattr(model, layers)
     if model.training and any(getattr(x, "gradient_checkpointing", False) for x in (around, *around.layer)):
         return "gradient checkpointing is on"
@@ -396,6 +311,7 @@ class BertShaped:
             stack=self.stack,
             widths=self.widths,
             oracle=self.oracle,
+            view=self.view,
             kept_rows={f"{self.prefix}{head}": rows for head, rows in self.heads.items()},
         )
 
@@ -501,7 +417,7 @@ class BertShaped:
             ),
             leaf(model, "embeddings_project") if "embeddings_project" in model._modules else None,
             parts,
-            _stack(model, parts),
+            stack_of(model, parts),
             self.relative_bias(model),
         )
 
@@ -510,7 +426,7 @@ class BertShaped:
         try:
             return self.parts(model).stack
         except Refused as refused:
-            return engine.Stack([], refusal=f"{type(refused.args[0]).__name__} {refused.args[1]}")
+            return engine.Stack([], refusal=refused.text(model))
 
     def plan(self, model: Any, call: Call) -> Plan | str:
         """The model's parts, or why the call takes the original path."""
@@ -524,9 +440,7 @@ class BertShaped:
                 return self.parts(model)
             return _plans.get(model, functools.partial(self.parts, model))
         except Refused as refused:
-            culprit, matter = refused.args
-            name = next((name for name, module in model.named_modules() if module is culprit), "a module")
-            return f"{name} {matter}"
+            return refused.text(model)
 
     # ---- the fast forward ----
 
@@ -623,13 +537,13 @@ class BertShaped:
 
     def _is_watched(self, model: Any) -> bool:
         """Whether anybody but the model's head may see what the encoder returns, or a strange pooler reads it."""
-        if torch.compiler.is_compiling() or "forward" in model.__dict__ or _is_listened_to(model):
+        if torch.compiler.is_compiling() or "forward" in model.__dict__ or is_listened_to(model):
             return True
         pooler = _pooler(model)
         if pooler is None:
             return False
         cls = type(pooler)
-        return cls.__name__ != f"{self.prefix}Pooler" or cls.__module__ != self.module or _is_listened_to(pooler)
+        return cls.__name__ != f"{self.prefix}Pooler" or cls.__module__ != self.module or is_listened_to(pooler)
 
     def _run_for_first_rows(self, model: Any, call: Call, parts: Plan) -> Any:
         """The output, whose last hidden state (batch, 1, hidden_size) was computed for the first rows alone; None: the
@@ -647,6 +561,10 @@ class BertShaped:
         return self.output(first, None if pooler is None else pooler(first), None)
 
     # ---- the truth ----
+
+    def view(self, model: Any, call: Call, output: Any) -> tuple[Tensor, Tensor | None]:  # noqa: ARG002
+        mask = call.get("attention_mask")
+        return output[0], None if mask is None or mask.dim() != 2 else mask.cpu() != 0
 
     def oracle(self, model: Any, call: Call) -> Tensor:
         """The last hidden state (batch, length, hidden_size) in float64 on the CPU, by bert_fast.reference."""

@@ -27,8 +27,19 @@ from .electra import ELECTRA
 from .family import Call, Family, Rounding, kept_rows
 from .mpnet import MPNET
 from .roberta import CAMEMBERT, ROBERTA, XLM_ROBERTA
+from .torch_encoder import TRANSFORMER_ENCODER, TRANSFORMER_ENCODER_LAYER
 
-FAMILIES: tuple[Family, ...] = (BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT, DISTILBERT, ELECTRA, MPNET)
+FAMILIES: tuple[Family, ...] = (
+    BERT,
+    ROBERTA,
+    XLM_ROBERTA,
+    CAMEMBERT,
+    DISTILBERT,
+    ELECTRA,
+    MPNET,
+    TRANSFORMER_ENCODER,
+    TRANSFORMER_ENCODER_LAYER,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -234,9 +245,17 @@ def _check_options(int8: bool, int8_exact: Sequence[str], bf16: bool) -> None:
 
 
 def _swapped_classes(model: nn.Module) -> list[tuple[nn.Module, type[nn.Module]]]:
-    """What is not swapped yet, with its class to be."""
-    modules = [module for module in model.modules() if not isinstance(module, Swapped)]
-    makers = [(module, make) for module in modules if (make := _class_maker(type(module))) is not None]
+    """What is not swapped yet, with its class to be; not what lies within an encoder, which steps over it."""
+    makers = []
+    within: set[nn.Module] = set()
+    for module in model.modules():
+        if module in within:
+            continue
+        make = None if isinstance(module, Swapped) else _class_maker(type(module))
+        if make is not None:
+            makers.append((module, make))
+        if _is_encoder_class(type(module)) or (make is not None and _is_encoder_class(make())):
+            within.update(module.modules())
     for module, _ in makers:
         if "forward" in module.__dict__:
             raise ValueError(

@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .bert_shaped import HEADS, NO_DROPOUT, BertShaped, Layer, activation_in, leaf
+from ..nn import NO_DROPOUT
+from .bert_shaped import HEADS, BertShaped
+from .parts import Layer, activation_in, leaf
 
 HEAD_NAMES = (
     "ForMaskedLM",

@@ -85,6 +85,7 @@ class Family:
         stack: the encoder's layers as the CPU engine sees them.
         widths: operator -> size of the dimension that its kernel works along, for an encoder.
         oracle: the encoder's last hidden state (batch, length, hidden_size), in float64 on the CPU.
+        view: the same of an output, and (batch, length) bool where tokens are, on the CPU; None: everywhere.
         kept_rows: for heads that read other rows than all that the mask shows: class -> (call -> what they read).
     """
 
@@ -97,4 +98,5 @@ class Family:
     stack: Callable[[Any], engine.Stack]
     widths: Callable[[Any], Mapping[str, int]]
     oracle: Callable[[Any, Call], Tensor]
+    view: Callable[[Any, Call, Any], tuple[Tensor, Tensor | None]]
     kept_rows: Mapping[str, Callable[[Call], Read]]

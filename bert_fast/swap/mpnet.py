@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .bert_shaped import HEADS, Layer, RelativeBias, activation_in, leaf, with_gap
+from .bert_shaped import HEADS, RelativeBias, with_gap
 from .distilbert import HEAD_NAMES
 from .family import FIRST_ROWS, Call, kept_rows
+from .parts import Layer, activation_in, leaf
 from .roberta import RobertaShaped
 
 BUCKETS = 32  # whatever the configuration says

@@ -84,7 +84,7 @@ def _parts(encoder: Any) -> tuple[Part, ...]:
         parts.append(Part(op, choice.path, choice.reason))
     if device == "cpu":
         parts.append(_engine_part(encoder, parameter))
-    choice = ops.choose("linear", device, dtype, widths["layer_norm"])
+    choice = ops.choose("linear", device, dtype, widths.get("layer_norm", 1))
     parts.append(Part("linear", choice.path, f"{choice.reason}, on real tokens alone"))
     return tuple(parts)
 

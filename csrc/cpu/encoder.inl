@@ -14,15 +14,18 @@ void pack_weight(const float* weight, int64_t outputs, int64_t inputs, float* pa
 // Columns of the intermediate activation that exist at a time: the last product begins before the one before it ends.
 constexpr int64_t kSlicePanels = kGroup / kPanel;
 
-struct GeluStrip {
-    Gelu kind;
+struct NonlinearStrip {
+    Nonlinearity kind;
     BERT_FAST_INLINE void operator()(float* c, int64_t c_row, int64_t rows, int64_t columns) const {
         for (int64_t row = 0; row < rows; ++row) {
             float* values = c + row * c_row;
-            if (kind == Gelu::erf) {
+            if (kind == Nonlinearity::gelu_erf) {
                 gelu_row<ErfGelu>(columns, values, nullptr, values);
-            } else {
+            } else if (kind == Nonlinearity::gelu_tanh) {
                 gelu_row<TanhGelu>(columns, values, nullptr, values);
+            } else {
+#pragma omp simd
+                for (int64_t i = 0; i < columns; ++i) values[i] = values[i] < 0.0f ? 0.0f : values[i];  // NaN stays
             }
         }
     }
@@ -244,6 +247,41 @@ class EncoderStack {
         }
     }
 
+    // to (rows, hidden) = norm(x), where norms come first.
+    const float* normalise_before(const Norm& norm, int64_t rows, const float* x, float* to) const {
+        for (int64_t row = 0; row < rows; ++row) {
+            float mean;
+            float rstd;
+            layer_norm_row(hidden_, x + row * hidden_, nullptr, norm.weight, norm.bias, norm.eps, to + row * hidden_, mean,
+                           rstd);
+        }
+        return to;
+    }
+
+    void add(int64_t rows, const float* sums, const float* x, float* y) const {
+        for (int64_t row = 0; row < rows; ++row) {
+            const float* one = sums + row * row_;
+            const float* other = x + row * hidden_;
+            float* to = y + row * hidden_;
+#pragma omp simd
+            for (int64_t i = 0; i < hidden_; ++i) to[i] = one[i] + other[i];
+        }
+    }
+
+    // From what attention gives, projected, to what the feed-forward layer reads. Where norms come first, y receives the
+    // sum before the norm, which may stand where x does.
+    void finish_attention(const EncoderLayer& layer, int64_t rows, const float* sums, const float* x, float* attended,
+                          float* y) const {
+        if (!shape_.norm_first) return normalise(layer.attention_norm, rows, sums, x, attended);
+        add(rows, sums, x, y);
+        normalise_before(layer.output_norm, rows, y, attended);
+    }
+
+    void finish_layer(const EncoderLayer& layer, int64_t rows, const float* sums, const float* attended, float* y) const {
+        if (!shape_.norm_first) return normalise(layer.output_norm, rows, sums, attended, y);
+        add(rows, sums, y, y);
+    }
+
     static bool has_narrow_projections(const EncoderLayer& layer) {
         return layer.query.is_narrow() || layer.key.is_narrow() || layer.value.is_narrow();
     }
@@ -333,6 +371,7 @@ class EncoderStack {
         const int64_t rows = block_begin(tokens_, block + 1) - first;
         if (rows == 0) return;
         const float* x = layer_input(layer) + first * hidden_;
+        if (shape_.norm_first) x = normalise_before(layers_[layer].attention_norm, rows, x, own.attended);
         if (has_narrow_projections(layers_[layer])) own_hidden(x, own).round(rows);
         const auto all = projections(layer);
         for (size_t i = is_partial(layer) ? 1 : 0; i < all.size(); ++i) project(x, rows, first, all[i], own);
@@ -344,6 +383,7 @@ class EncoderStack {
         const int64_t rows = block_begin(shape_.num_rows, block + 1) - first;
         if (rows == 0) return;
         const float* x = selected_ + first * hidden_;
+        if (shape_.norm_first) x = normalise_before(layers_[shape_.num_layers - 1].attention_norm, rows, x, own.attended);
         const Projection query = projections(shape_.num_layers - 1)[0];
         if (query.linear->is_narrow()) own_hidden(x, own).round(rows);
         project(x, rows, first, query, own);
@@ -360,7 +400,8 @@ class EncoderStack {
         context.row = row_;
         if (layer.attention_output.is_narrow()) context.round(rows);
         multiply_linear(context, rows, layer.attention_output, 0, hidden_, hidden_, {own.sums, row_}, 0, panels, Nothing());
-        normalise(layer.attention_norm, rows, own.sums, part.x + first * hidden_, own.attended);
+        float* y = part.y + first * hidden_;
+        finish_attention(layer, rows, own.sums, part.x + first * hidden_, own.attended, y);
 
         Activation attended = own.hidden;
         attended.values = own.attended;
@@ -371,11 +412,11 @@ class EncoderStack {
             slice.width = std::min(slice_, inner_ - begin);
             multiply_linear(attended, rows, layer.intermediate, 0, hidden_, inner_, {slice.values, slice_, begin},
                             begin / kPanel, std::min(begin / kPanel + kSlicePanels, num_panels(inner_)),
-                            GeluStrip{shape_.gelu});
+                            NonlinearStrip{shape_.nonlinearity});
             if (layer.output.is_narrow()) slice.round(rows);
             multiply_linear(slice, rows, layer.output, begin, inner_, hidden_, {own.sums, row_}, 0, panels, Nothing());
         }
-        normalise(layer.output_norm, rows, own.sums, own.attended, part.y + first * hidden_);
+        finish_layer(layer, rows, own.sums, own.attended, y);
     }
 
     // ---- few rows: every product is shared out by its panels ----
@@ -384,10 +425,13 @@ class EncoderStack {
         if (is_wanted) worker.share_evenly(rows, [&](int64_t row) { a.from_row(row).round(1); });
     }
 
-    void share_out_norm(const Worker& worker, const Norm& norm, int64_t rows, const float* x, const float* residual,
-                        float* y) const {
+    // What the projections read.
+    const float* share_out_first_norm(const Worker& worker, const EncoderLayer& layer, int64_t rows, const float* x,
+                                      float* to) const {
+        if (!shape_.norm_first) return x;
         worker.share_evenly(
-            rows, [&](int64_t row) { normalise(norm, 1, x + row * row_, residual + row * hidden_, y + row * hidden_); });
+            rows, [&](int64_t row) { normalise_before(layer.attention_norm, 1, x + row * hidden_, to + row * hidden_); });
+        return to;
     }
 
     void share_out_projections(const Worker& worker, const Activation& x, int64_t rows, const Projection* first,
@@ -417,12 +461,13 @@ class EncoderStack {
         for (int64_t i = 0; i < shape_.num_layers; ++i) {
             const EncoderLayer& layer = layers_[i];
             const auto heads = projections(i);
-            x.values = const_cast<float*>(layer_input(i));
+            x.values = const_cast<float*>(share_out_first_norm(worker, layer, tokens_, layer_input(i), attended.values));
             share_out_rounding(worker, has_narrow_projections(layer), x, tokens_);
             if (is_partial(i)) {
                 share_out_projections(worker, x, tokens_, &heads[1], 2);
                 gather_rows(worker);
-                x.values = selected_;
+                x.values = const_cast<float*>(
+                    share_out_first_norm(worker, layer, shape_.num_rows, selected_, attended.values));
                 share_out_rounding(worker, layer.query.is_narrow(), x, shape_.num_rows);
                 share_out_projections(worker, x, shape_.num_rows, &heads[0], 1);
             } else {
@@ -435,10 +480,13 @@ class EncoderStack {
             multiply_linear(context, rows, layer.attention_output, 0, hidden_, hidden_, {sums, row_},
                             worker.first_of(panels), worker.last_of(panels), Nothing());
             worker.wait();
-            share_out_norm(worker, layer.attention_norm, rows, sums, current.x, attended.values);
+            worker.share_evenly(rows, [&](int64_t row) {
+                const int64_t at = row * hidden_;
+                finish_attention(layer, 1, sums + row * row_, current.x + at, attended.values + at, current.y + at);
+            });
             share_out_rounding(worker, layer.intermediate.is_narrow(), attended, rows);
             multiply_linear(attended, rows, layer.intermediate, 0, hidden_, inner_, {activation.values, inner_row},
-                            worker.first_of(inner_panels), worker.last_of(inner_panels), GeluStrip{shape_.gelu});
+                            worker.first_of(inner_panels), worker.last_of(inner_panels), NonlinearStrip{shape_.nonlinearity});
             worker.wait();
             share_out_rounding(worker, layer.output.is_narrow(), activation, rows);
             for (int64_t panel = worker.first_of(panels); panel < worker.last_of(panels); ++panel)
@@ -446,7 +494,10 @@ class EncoderStack {
                     multiply_linear(activation.columns(begin, std::min(slice_, inner_ - begin)), rows, layer.output, begin,
                                     inner_, hidden_, {sums, row_}, panel, panel + 1, Nothing());
             worker.wait();
-            share_out_norm(worker, layer.output_norm, rows, sums, attended.values, current.y);
+            worker.share_evenly(rows, [&](int64_t row) {
+                const int64_t at = row * hidden_;
+                finish_layer(layer, 1, sums + row * row_, attended.values + at, current.y + at);
+            });
         }
     }
 

@@ -68,6 +68,9 @@ struct AttentionGradients {
 
 enum class Gelu { erf, tanh };
 
+// Between the two linear maps of a feed-forward layer.
+enum class Nonlinearity { gelu_erf, gelu_tanh, relu };
+
 struct Norm {
     const float* weight;
     const float* bias;
@@ -115,7 +118,8 @@ struct EncoderShape {
     int64_t num_layers;
     int64_t hidden_size;
     int64_t intermediate_size;
-    Gelu gelu;
+    Nonlinearity nonlinearity;
+    bool norm_first;         // norms before attention and feed-forward (Xiong et al. 2020), not after
     Narrow narrow;           // what linear layers without a `weight` have
     bool is_mostly_narrow;  // most of them
 };
@@ -181,7 +185,7 @@ struct Kernels {
     int64_t (*padded_outputs)(int64_t outputs);
     int64_t (*quantised_groups)(int64_t inputs);
 
-    // Post-norm encoder layers (Devlin et al. 2018; Vaswani et al. 2017, section 3.1), without dropout.
+    // Encoder layers (Devlin et al. 2018; Vaswani et al. 2017, section 3.1), without dropout.
     int64_t (*encoder_workspace)(const EncoderShape&, int threads);
     void (*encoder)(const EncoderShape&, const EncoderLayer* layers, const float* input, float* const* outputs,
                     float* workspace, int threads);

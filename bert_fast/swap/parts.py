@@ -1,0 +1,108 @@
+"""Looking a model through for the parts of its encoder layers, none of which anybody may listen to."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .. import engine
+from .. import nn as fast
+from .family import Rounding
+
+ACTIVATION_CLASSES: dict[str, fast.Activation] = {
+    "GELUActivation": "none",
+    "NewGELUActivation": "tanh",
+    "GELUTanh": "tanh",
+    "PytorchGELUTanh": "tanh",
+}
+
+
+class Layer(NamedTuple):
+    """The parts of an encoder layer; see nn.EncoderLayerParts."""
+
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+    attention_output: nn.Module
+    attention_norm: nn.Module
+    intermediate: nn.Module
+    output: nn.Module
+    output_norm: nn.Module
+    activation: fast.Activation
+    attention_dropout_p: float
+    attention_output_dropout: nn.Module
+    output_dropout: nn.Module
+    head_size: int
+    inner_dropout: nn.Module = fast.NO_DROPOUT
+    norm_first: bool = False
+
+
+class Refused(Exception):  # noqa: N818
+    """A module within the encoder cannot be stepped over; the arguments are the module and what is the matter."""
+
+    def text(self, root: nn.Module) -> str:
+        """With the module's name in root."""
+        culprit, matter = self.args
+        name = next((name for name, module in root.named_modules() if module is culprit), "a module")
+        return f"{name or type(culprit).__name__} {matter}"
+
+
+# Hooks that mean the same on packed rows: transformers' recorders of outputs, asleep on the fast path, and the one that
+# gradient checkpointing and PEFT put on the word embeddings.
+HARMLESS_HOOKS = ("output_capturing_hook", "make_inputs_require_grads", "make_inputs_require_grad")
+
+
+def is_listened_to(module: nn.Module) -> bool:
+    """Whether somebody has hooked the module, and would see packed rows there."""
+    hooks = module._forward_hooks
+    if hooks and any(getattr(hook, "__name__", "") not in HARMLESS_HOOKS for hook in hooks.values()):
+        return True
+    return bool(module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+def leaf(parent: nn.Module, name: str) -> nn.Module:
+    """A module that the fast path calls, or fuses."""
+    module = parent._modules.get(name)
+    if module is None:
+        raise Refused(parent, f"has no {name}")
+    if is_listened_to(module):
+        raise Refused(module, "has hooks")
+    return module
+
+
+def activation_in(parent: Any, name: str) -> fast.Activation:
+    """The fused form of an activation that is known to be GELU or ReLU, else the module or function itself."""
+    if name not in parent._modules:
+        function: fast.Activation = getattr(parent, name)
+        return function
+    module = leaf(parent, name)
+    cls = type(module)
+    if "forward" in module.__dict__:
+        return module
+    if cls is nn.ReLU:
+        return "relu"
+    if cls is nn.GELU:
+        return "tanh" if module.approximate == "tanh" else "none"
+    if cls.__module__ == "transformers.activations":
+        return ACTIVATION_CLASSES.get(cls.__name__, module)
+    return module
+
+
+def stack_of(model: Any, parts: list[Layer]) -> engine.Stack:
+    """The layers for the engine, with the products that swap was asked for."""
+    rounding: Rounding | None = model.__dict__.get("bert_fast_rounding")
+    if rounding is None:
+        return engine.stack(parts)
+    exact = frozenset(part for name in rounding.exact for part in model.get_submodule(name).modules())
+    return engine.stack(parts, rounding.products, exact)
+
+
+def tracing_refusal() -> str | None:
+    """Why no call at all is served now; None: some are."""
+    if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
+        return "the model is traced or exported"
+    if torch._C._are_functorch_transforms_active():
+        return "a function transform is active"
+    return None
