@@ -1339,7 +1339,7 @@ def test_head_with_own_forward() -> None:
     assert calls(model) == {"fast": 1}
 
 
-@pytest.mark.parametrize("model", [nn.Linear(2, 3), nn.TransformerEncoderLayer(4, 2)])
+@pytest.mark.parametrize("model", [nn.Linear(2, 3), nn.TransformerDecoderLayer(4, 2)])
 def test_unknown_model(model: nn.Module) -> None:
     with pytest.raises(ValueError, match=rf"{type(model).__name__}.*transformers\.models\.bert.*BertModel"):
         bert_fast.swap(model)

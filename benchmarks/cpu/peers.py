@@ -235,9 +235,9 @@ class CTranslate2(Engine):
     """Takes lists of ids, without padding."""
 
     def __init__(self, place: Place, compute_type: str) -> None:
+        place.converted("ctranslate2")
         import ctranslate2
 
-        place.converted("ctranslate2")
         self.encoder = ctranslate2.Encoder(
             str(place.folder / "ctranslate2"),
             device="cpu",
