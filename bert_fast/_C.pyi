@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ def attention(
     stream: int,
     dropout_p: float,
     bias: Array | None,
+    window: int,
     out: Array,
     log_sum_exp: Array,
     threads: int,
@@ -53,6 +55,7 @@ def attention_backward(
     stream: int,
     dropout_p: float,
     bias: Array | None,
+    window: int,
     grad_q: Array,
     grad_k: Array,
     grad_v: Array,
@@ -119,15 +122,18 @@ class Encoder:
         activation: str,
         products: str,
         norm_first: bool = False,
+        has_gates: bool = False,
     ) -> None: ...
     def add_layer(
         self,
-        arrays: list[Array],
+        arrays: Sequence[Array | None],
         attention_eps: float,
         output_eps: float,
         are_narrow: list[bool],
         watched: list[Array],
         threads: int,
+        window: int = -1,
+        rotation: int = -1,
     ) -> None: ...
     def is_current(self) -> bool: ...
     def run(
@@ -139,6 +145,7 @@ class Encoder:
         outputs: list[Array],
         threads: int,
         bias: Array | None = None,
+        rotations: Sequence[tuple[Array, Array]] = (),
     ) -> None: ...
 
 class Guard:

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 from . import _C, ops
 from .masking import PackedBatch
-from .nn import EncoderLayerParts, Slice, dropout_rate, is_linear, is_plain_norm
+from .nn import NAMES, EncoderLayerParts, Rotations, Slice, dropout_rate, is_linear, is_plain, is_plain_norm
 
-NAMES = ("weight", "bias")
-LINEARS = ("query", "key", "value", "attention_output", "intermediate", "output")
-WEIGHTS = (0, 2, 4, 6, 10, 12)  # theirs, among the tensors of a layer
+LINEARS = ("query", "key", "value", "attention_output", "intermediate", "gate", "output")
+NORMS = ("attention_norm", "output_norm")
+TENSORS = 2 * (len(LINEARS) + len(NORMS))  # of a layer: weight and bias of each, in this order
+WEIGHTS = tuple(range(0, 2 * len(LINEARS), 2))  # of its linear layers
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Products = Literal["float32", "bfloat16", "int8"]
@@ -46,7 +47,7 @@ class Stack:
         wanted: what the linear layers are to multiply in.
         exact: those that multiply in float32 all the same.
         refusal: why the engine does not serve them; None: it does.
-        tensors: their parameters, 16 a layer, in the order of _C.Encoder.add_layer.
+        tensors: their parameters, TENSORS a layer, in the order of _C.Encoder.add_layer; None where there is none.
         roots: the whole parameters that those are, or are parts of.
         products: what the linear layers multiply in, but for those of `exact`: see `products_of`.
         are_narrow: for each layer which of LINEARS multiply in fewer bits than float32's.
@@ -57,7 +58,7 @@ class Stack:
     wanted: Products = "float32"
     exact: frozenset[nn.Module] = frozenset()
     refusal: str | None = None
-    tensors: list[Tensor] = field(default_factory=list)
+    tensors: list[Tensor | None] = field(default_factory=list)
     roots: list[Tensor] = field(default_factory=list)
     products: Products = "float32"
     are_narrow: list[list[bool]] = field(default_factory=list)
@@ -79,28 +80,22 @@ class Stack:
             return
         self.products = products_of(self.wanted, self.dtype)
         self.are_narrow = [
-            [self.products != "float32" and not self._is_exact(getattr(layer, name)) for name in LINEARS]
+            [self.products != "float32" and self._is_rounded(getattr(layer, name)) for name in LINEARS]
             for layer in self.layers
         ]
-        norms: Any = [norm for layer in self.layers for norm in (layer.attention_norm, layer.output_norm)]
-        flags = (flag for layer in self.are_narrow for flag in layer)
-        first = self.layers[0]
         self.kind = (
-            first.activation,
-            first.head_size,
-            first.norm_first,
-            *(norm.eps for norm in norms),
+            *_common(self.layers[0]),
             self.products,
-            *flags,
+            *((*_own(layer), *flags) for layer, flags in zip(self.layers, self.are_narrow, strict=True)),
         )
 
-    def _is_exact(self, module: nn.Module) -> bool:
-        return module in self.exact or module.__dict__.get("owner") in self.exact
+    def _is_rounded(self, module: nn.Module | None) -> bool:
+        return not (module is None or module in self.exact or module.__dict__.get("owner") in self.exact)
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the parameters."""
-        return self.tensors[0].dtype
+        return self.roots[0].dtype
 
     def state(self) -> list[Any]:
         """Changes whenever a tensor is replaced or, by autograd's count, written to."""
@@ -126,17 +121,26 @@ def stack(
     return result
 
 
-def _is_ordinary(x: Tensor | None) -> bool:
-    return (
-        x is not None
-        and type(x) in (nn.Parameter, Tensor)
-        and x.dtype in DTYPES
-        and x.device.type == "cpu"
-        and x.is_contiguous()
-    )
+def _common(layer: EncoderLayerParts) -> tuple[Any, ...]:
+    """What all layers must share."""
+    return layer.activation, layer.head_size, layer.norm_first, layer.gate is not None
 
 
-def _tensors(layer: EncoderLayerParts, number: int) -> tuple[list[Tensor], list[Tensor]]:
+def _own(layer: EncoderLayerParts) -> tuple[Any, ...]:
+    """What each layer has for itself, beside its tensors."""
+    return _eps(layer.attention_norm), _eps(layer.output_norm), layer.window, layer.rotation
+
+
+def _eps(norm: nn.Module) -> float:
+    eps: float = getattr(norm, "eps", 0.0)
+    return eps
+
+
+def _is_ordinary(x: Tensor) -> bool:
+    return type(x) in (nn.Parameter, Tensor) and x.dtype in DTYPES and x.device.type == "cpu" and x.is_contiguous()
+
+
+def _tensors(layer: EncoderLayerParts, number: int) -> tuple[list[Tensor | None], list[Tensor]]:
     """The layer's parameters, and the whole ones where those are parts.
 
     Raises:
@@ -147,37 +151,47 @@ def _tensors(layer: EncoderLayerParts, number: int) -> tuple[list[Tensor], list[
     dropouts = (layer.attention_output_dropout, layer.inner_dropout, layer.output_dropout)
     if layer.attention_dropout_p != 0.0 or any(dropout_rate(dropout) != 0.0 for dropout in dropouts):
         raise Refused("dropout is on")
-    tensors: list[Tensor] = []
+    tensors: list[Tensor | None] = []
     roots: list[Tensor] = []
-    modules = (
-        layer.query, layer.key, layer.value, layer.attention_output, layer.attention_norm, layer.intermediate,
-        layer.output, layer.output_norm,
-    )  # fmt: skip
-    for module in modules:
-        if not (is_linear(module) or is_plain_norm(module)):
+    for name in (*LINEARS, *NORMS):
+        module = getattr(layer, name)
+        is_norm = name in NORMS
+        if module is None or (name == "attention_norm" and layer.norm_first and is_plain(module, nn.Identity)):
+            tensors += [None, None]
+            continue
+        if not (is_plain_norm(module) if is_norm else is_linear(module)):
             raise Refused(f"layer {number} has a {type(module).__name__} that is hooked or not torch's own")
         wholes = module.roots if isinstance(module, Slice) else [module._parameters.get(name) for name in NAMES]
-        for name, whole in zip(NAMES, wholes, strict=True):
+        for kind, whole in zip(NAMES, wholes, strict=True):
+            if whole is None and kind == "bias":
+                tensors.append(module.weight.new_zeros(len(module.weight)).detach() if is_norm else None)
+                continue
             if whole is None or not _is_ordinary(whole):
-                kind = type(module).__name__
-                raise Refused(f"layer {number}: the {name} of a {kind} is not dense, in 32 or 16 bits and on the CPU")
+                owner = type(module).__name__
+                raise Refused(f"layer {number}: the {kind} of a {owner} is not dense, in 32 or 16 bits and on the CPU")
             roots.append(whole)
-            tensors.append(getattr(module, name).detach() if isinstance(module, Slice) else whole)
+            tensors.append(getattr(module, kind).detach() if isinstance(module, Slice) else whole)
     return tensors, roots
 
 
-def _check_shapes(layers: Sequence[EncoderLayerParts], tensors: list[Tensor]) -> None:
-    if len({(layer.activation, layer.head_size, layer.norm_first) for layer in layers}) > 1:
+def _check_shapes(layers: Sequence[EncoderLayerParts], tensors: list[Tensor | None]) -> None:
+    if len({_common(layer) for layer in layers}) > 1:
         raise Refused("the layers are of several kinds")
-    if len({x.dtype for x in tensors}) > 1:
+    if len({x.dtype for x in tensors if x is not None}) > 1:
         raise Refused("the parameters have several dtypes")
-    hidden, inner, head_size = tensors[0].shape[0], tensors[10].shape[0], layers[0].head_size
-    square, vector = (hidden, hidden), (hidden,)
-    wanted = [*[square, vector] * 4, vector, vector, (inner, hidden), (inner,), (hidden, inner), vector, vector, vector]
+    hidden, inner, head_size = len(_there(tensors[0])), len(_there(tensors[8])), layers[0].head_size
+    square, up, down = (hidden, hidden), (inner, hidden), (hidden, inner)
+    weights = [*[square] * 4, up, up, down, (hidden,), (hidden,)]
+    wanted = [shape for weight in weights for shape in (weight, weight[:1])] * len(layers)
     if hidden % head_size != 0 or any(
-        tuple(x.shape) != shape for x, shape in zip(tensors, wanted * len(layers), strict=True)
+        x is not None and tuple(x.shape) != shape for x, shape in zip(tensors, wanted, strict=True)
     ):
         raise Refused("the layers are of several shapes")
+
+
+def _there(x: Tensor | None) -> Tensor:
+    assert x is not None
+    return x
 
 
 class _Packed:
@@ -187,26 +201,35 @@ class _Packed:
         self.stack = stack
         self.state = state
         self.arrays: list[np.ndarray[Any, Any]] = []
-        hidden_size, intermediate_size = stack.tensors[0].shape[0], stack.tensors[10].shape[0]
-        activation, head_size, norm_first, *_ = stack.kind
+        hidden_size, intermediate_size = len(_there(stack.tensors[0])), len(_there(stack.tensors[8]))
+        activation, head_size, norm_first, has_gates = _common(stack.layers[0])
         self.encoder = _C.Encoder(
-            hidden_size, hidden_size // head_size, intermediate_size, activation, stack.products, norm_first
+            hidden_size, hidden_size // head_size, intermediate_size, activation, stack.products, norm_first, has_gates
         )
         for number in range(len(stack.layers)):
             self._add_layer(number)
 
     def _add_layer(self, number: int) -> None:
-        norms: Any = (self.stack.layers[number].attention_norm, self.stack.layers[number].output_norm)
-        tensors = [x.detach() for x in self.stack.tensors[16 * number : 16 * number + 16]]
-        arrays = [x.float().numpy() for x in tensors]
+        attention_eps, output_eps, window, rotation = _own(self.stack.layers[number])
+        tensors = [
+            None if x is None else x.detach() for x in self.stack.tensors[TENSORS * number : TENSORS * (number + 1)]
+        ]
+        arrays = [None if x is None else x.float().numpy() for x in tensors]
         if self.stack.dtype == torch.float32:
-            watched = [arrays[at] for at in WEIGHTS]
+            watched = [array for at in WEIGHTS if (array := arrays[at]) is not None]
         else:
-            watched = [x.view(torch.int16).numpy() for x in tensors]
+            watched = [x.view(torch.int16).numpy() for x in tensors if x is not None]
         self.encoder.add_layer(
-            arrays, norms[0].eps, norms[1].eps, self.stack.are_narrow[number], watched, torch.get_num_threads()
+            arrays,
+            attention_eps,
+            output_eps,
+            self.stack.are_narrow[number],
+            watched,
+            torch.get_num_threads(),
+            -1 if window is None else window,
+            -1 if rotation is None else rotation,
         )
-        self.arrays += watched + [x for at, x in enumerate(arrays) if at not in WEIGHTS]
+        self.arrays += watched + [x for at, x in enumerate(arrays) if x is not None and at not in WEIGHTS]
 
     def is_current(self, stack: Stack, state: list[Any]) -> bool:
         if self.state != state or not self.encoder.is_current():
@@ -247,6 +270,10 @@ def why_not(stack: Stack, hidden: Tensor) -> str | None:
     return None
 
 
+def _host(x: Tensor) -> np.ndarray[Any, Any]:
+    return ops.host_array(x.detach().float().contiguous())
+
+
 def encode(
     owner: nn.Module,
     stack: Stack,
@@ -254,6 +281,7 @@ def encode(
     batch: PackedBatch,
     *,
     bias: Tensor | None = None,
+    rotations: Rotations = (),
     needs_all: bool = False,
     rows: Tensor | None = None,
 ) -> list[Tensor] | None:
@@ -265,6 +293,7 @@ def encode(
         hidden: (tokens, hidden_size), the embeddings.
         batch: the boundaries.
         bias: of the scores, by relative position; see functional.attention.
+        rotations: of the tokens.
         needs_all: whether every layer's output is wanted.
         rows: (rows,) int64, the packed rows for which the last layer's output is wanted; None: all.
 
@@ -296,7 +325,8 @@ def encode(
         in_order,
         [output.numpy() for output in (*before, last)],
         torch.get_num_threads(),
-        None if bias is None else ops.host_array(bias.detach().float().contiguous()),
+        None if bias is None else _host(bias),
+        [(_host(cosines), _host(sines)) for cosines, sines in rotations],
     )
     if order is not None:
         last = torch.empty_like(last).index_copy_(0, order, last)

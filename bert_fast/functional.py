@@ -6,6 +6,8 @@ autograd cost more than the arithmetic.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
@@ -49,6 +51,19 @@ def _check_affine(weight: Tensor, bias: Tensor, width: int) -> None:
         )
 
 
+def _zeros(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A bias that is none. It is kept, since to make one takes a kernel's launch on a GPU; nobody may write to it."""
+    if torch.compiler.is_compiling():
+        return torch.zeros(width, dtype=dtype, device=device)
+    return _kept_zeros(width, dtype, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_zeros(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # what is kept must serve calls with gradients, too
+        return torch.zeros(width, dtype=dtype, device=device)
+
+
 def _seed(seed: Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
     if dropout_p == 0.0:
         return None
@@ -68,8 +83,9 @@ def attention(
     seed: Tensor | None = None,
     stream: int = 0,
     bias: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
-    """Scaled dot-product attention within packed sequences (Vaswani et al. 2017, equation 1), every token seeing all.
+    """Scaled dot-product attention within packed sequences (Vaswani et al. 2017, equation 1), in both directions.
 
     Args:
         q, k, v: (tokens, heads, head_size), one dtype and device.
@@ -82,13 +98,15 @@ def attention(
         stream: number of the place, so that one seed serves many.
         bias: (heads, 2 * reach + 1), reach at least max_seqlen - 1: rows i and j of a sequence get column
             j - i + reach added to their score (relative positions). Differentiable.
+        window: how many rows from a query its farthest key may be (Beltagy et al. 2020, section 3.1); None: every token
+            sees all. Not with a bias.
 
     Returns:
-        (tokens, heads, head_size) in q's dtype. A sequence without keys gives zeros.
+        (tokens, heads, head_size) in q's dtype. A query without keys gives zeros.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not belong together; dropout_p outside [0, 1); a bias that is too
-            narrow.
+            narrow; a negative window, or one with a bias.
     """
     if not (q.dim() == 3 and q.shape == k.shape == v.shape):
         raise ValueError(
@@ -111,6 +129,8 @@ def attention(
             f"bias has shape {tuple(bias.shape)}; ({q.shape[1]}, 2 * reach + 1) with reach at least {max_seqlen - 1} "
             "is needed"
         )
+    if window is not None and (window < 0 or bias is not None):
+        raise ValueError(f"window is {window}; it must be at least 0, and None where there is a bias")
     if tiles is None:
         from .masking import make_tiles
 
@@ -120,12 +140,14 @@ def attention(
     scale = q.shape[2] ** -0.5 if scale is None else scale
     path = ops.choose("attention", q.device.type, q.dtype, q.shape[2]).path
     if path == "torch":
-        return _torch_attention(q, k, v, cu_seqlens, tiles, max_seqlen, scale, dropout_p, bias)
+        return _torch_attention(q, k, v, cu_seqlens, tiles, max_seqlen, scale, dropout_p, bias, window)
     seed = _seed(seed, dropout_p, q.device)
     if _needs_dispatcher(q, k, v, bias):
-        out: Tensor = torch.ops.bert_fast.attention(q, k, v, tiles, max_seqlen, scale, seed, stream, dropout_p, bias)[0]
+        out: Tensor = torch.ops.bert_fast.attention(
+            q, k, v, tiles, max_seqlen, scale, seed, stream, dropout_p, bias, window
+        )[0]
         return out
-    return ops.launch_attention(q, k, v, tiles, max_seqlen, scale, seed, stream, dropout_p, bias)[0]
+    return ops.launch_attention(q, k, v, tiles, max_seqlen, scale, seed, stream, dropout_p, bias, window)[0]
 
 
 def _torch_attention(
@@ -138,8 +160,9 @@ def _torch_attention(
     scale: float,
     dropout_p: float,
     bias: Tensor | None,
+    window: int | None,
 ) -> Tensor:
-    """torch's own attention on a padded copy: any dtype and device, dropout, bias."""
+    """torch's own attention on a padded copy: any dtype and device, dropout, bias or window."""
     bounds = cu_seqlens.long()
     starts, ends = bounds[:-1, None], bounds[1:]
     num_rows = ends[:, None] - starts
@@ -158,7 +181,9 @@ def _torch_attention(
         for x, is_visible in ((q, is_row), (k, is_key), (v, is_key))
     )
     is_key = is_key[:, None, None, :]
-    has_key = (num_keys > 0)[:, None, None, :]
+    if window is not None:
+        is_key = is_key & ((columns - columns.T).abs() <= window)
+    has_key = is_key.any(-1, keepdim=True)
     # A row without any key would be NaN in some backends: let it see everything, then zero it.
     mask = is_key | ~has_key
     if bias is not None:
@@ -173,7 +198,7 @@ def _torch_attention(
 def layer_norm(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     eps: float = 1e-12,
     residual: Tensor | None = None,
     *,
@@ -188,7 +213,8 @@ def layer_norm(
 
     Args:
         x, residual: (..., width), one shape; the wider of two dtypes is that of the result.
-        weight, bias: (width,).
+        weight: (width,).
+        bias: (width,), or None for zeros.
         eps: added to the variance.
         input_bias: (width,), that of the linear layer before.
         dropout_p: dropout rate, in [0, 1).
@@ -201,6 +227,7 @@ def layer_norm(
         ValueError: shapes that do not belong together; dropout_p outside [0, 1).
     """
     width = x.shape[-1]
+    bias = _zeros(width, weight.dtype, weight.device) if bias is None else bias
     _check_affine(weight, bias, width)
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"residual has shape {tuple(residual.shape)} and x {tuple(x.shape)}; one shape is needed")

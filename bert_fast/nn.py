@@ -5,7 +5,7 @@ LayerNorm and GELU are torch's own classes with another forward: state_dict, con
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol, TypeGuard, cast
 
 import torch
@@ -29,7 +29,7 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:  # noqa: A002
         """LayerNorm(input + residual); both (..., width) -> (..., width)."""
-        if len(self.normalized_shape) != 1 or self.weight is None or self.bias is None:
+        if len(self.normalized_shape) != 1 or self.weight is None:
             return super().forward(input if residual is None else input + residual)
         return functional.layer_norm(input, self.weight, self.bias, self.eps, residual)
 
@@ -42,8 +42,17 @@ class GELU(nn.GELU):
         return functional.gelu(input, bias, self.approximate)
 
 
+Rotations = Sequence[tuple[Tensor, Tensor]]
+"""Cosines and sines of each token's angles, (tokens, head_size / 2) each, in as many kinds as a model's layers need."""
+
+
 class EncoderLayerParts(Protocol):
-    """What an encoder layer is made of, under whatever names its model gives to the parts."""
+    """What an encoder layer is made of, under whatever names its model gives to the parts.
+
+    Where norm_first is true the attention norm may be an nn.Identity. `gate`, if there is one, is multiplied with the
+    activation (Shazeer 2020, "GLU variants"); `window` is that of functional.attention; queries and keys are turned by
+    the call's rotations of number `rotation`, if that is not None.
+    """
 
     @property
     def query(self) -> nn.Module: ...
@@ -75,16 +84,24 @@ class EncoderLayerParts(Protocol):
     def head_size(self) -> int: ...
     @property
     def norm_first(self) -> bool: ...
+    @property
+    def gate(self) -> nn.Module | None: ...
+    @property
+    def window(self) -> int | None: ...
+    @property
+    def rotation(self) -> int | None: ...
 
 
 class Slice(nn.Module):
     """Some outputs of a linear map whose parameters another module holds, which is not this one's child.
 
     Args:
-        owner: has the parameters.
+        owner: has the parameters. Under their usual names it is the linear map itself, or stands for it (adapters).
         first, last: of the outputs.
         weight, bias: names of the parameters.
     """
+
+    owner: nn.Module
 
     def __init__(self, owner: nn.Module, first: int, last: int, weight: str = "weight", bias: str = "bias") -> None:
         super().__init__()
@@ -93,10 +110,14 @@ class Slice(nn.Module):
         self.names = (weight, bias)
 
     @property
+    def is_of_linear(self) -> bool:
+        """Whether weight and bias say all."""
+        return self.names != NAMES or is_plain(self.owner, *LINEARS)
+
+    @property
     def roots(self) -> list[Tensor | None]:
         """The whole parameters."""
-        owner: nn.Module = self.__dict__["owner"]
-        return [owner._parameters.get(name) for name in self.names]
+        return [self.owner._parameters.get(name) for name in self.names]
 
     @property
     def weight(self) -> Tensor:
@@ -113,9 +134,13 @@ class Slice(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) -> (..., outputs)."""
-        return F.linear(x, self.weight, self.bias)
+        if self.is_of_linear:
+            return F.linear(x, self.weight, self.bias)
+        whole: Tensor = self.owner(x)
+        return whole[..., self.first : self.last]
 
 
+NAMES = ("weight", "bias")
 LINEARS = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
@@ -136,11 +161,15 @@ def drop(module: nn.Module, x: Tensor) -> Tensor:
 
 def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether it is a plain linear map, so that its weight and bias say all."""
-    return is_plain(module, *LINEARS, Slice)
+    if isinstance(module, Slice):
+        return is_plain(module, Slice) and module.is_of_linear
+    return is_plain(module, *LINEARS)
 
 
 def dropout_rate(module: nn.Module) -> float | None:
-    """The rate of a plain dropout now; None where the module itself must be called."""
+    """The rate of a plain dropout, or of an identity, now; None where the module itself must be called."""
+    if is_plain(module, nn.Identity):
+        return 0.0
     if not is_plain(module, nn.Dropout):
         return None
     assert isinstance(module, nn.Dropout)
@@ -150,11 +179,11 @@ def dropout_rate(module: nn.Module) -> float | None:
 
 
 def is_plain_norm(norm: nn.Module) -> TypeGuard[nn.LayerNorm]:
-    """Whether it is LayerNorm over one dimension with weight and bias, and nothing else."""
+    """Whether it is LayerNorm over one dimension with a weight, and nothing else."""
     if not is_plain(norm, nn.LayerNorm, LayerNorm):
         return False
     assert isinstance(norm, nn.LayerNorm)
-    return len(norm.normalized_shape) == 1 and norm.weight is not None and norm.bias is not None
+    return len(norm.normalized_shape) == 1 and norm.weight is not None
 
 
 def has_kernel(op: ops.Op, x: Tensor) -> bool:
@@ -168,6 +197,25 @@ def normalise(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Ten
         return functional.layer_norm(x, norm.weight, norm.bias, norm.eps, residual)
     result: Tensor = norm(x if residual is None else x + residual)
     return result
+
+
+def multiply_slices(slices: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+    """The results of several linear maps of x, in one product where they are all the slices of one in their order."""
+    if not all(is_plain(part, Slice) for part in slices):
+        return [multiply(part, x) for part in slices]
+    parts = cast("Sequence[Slice]", slices)
+    owner, names = parts[0].owner, parts[0].names
+    bounds = [bound for part in parts for bound in (part.first, part.last)]
+    is_one_after_another = bounds[0] == 0 and bounds[1:-1:2] == bounds[2::2]
+    if not is_one_after_another or any(part.owner is not owner or part.names != names for part in parts):
+        return [multiply(part, x) for part in slices]
+    if parts[0].is_of_linear:
+        weight, bias = parts[0].roots
+        assert weight is not None
+        product = functional.linear(x, weight, bias) if x.device.type == "cpu" else F.linear(x, weight, bias)
+    else:
+        product = owner(x)
+    return [product[..., part.first : part.last] for part in parts]
 
 
 def multiply(linear: nn.Module, x: Tensor) -> Tensor:
@@ -212,6 +260,49 @@ def expand(linear: nn.Module, activation: Activation, x: Tensor) -> Tensor:
     return functional.gelu(linear(x), None, activation)
 
 
+def expand_gated(linear: nn.Module, gate: nn.Module, activation: Activation, x: Tensor) -> Tensor:
+    """activation(linear(x)) * gate(x)."""
+    values, factors = multiply_slices((linear, gate), x)
+    if not isinstance(activation, str):
+        return activation(values) * factors
+    return (F.relu(values) if activation == "relu" else functional.gelu(values, None, activation)) * factors
+
+
+def _feed_forward(parts: EncoderLayerParts, x: Tensor) -> Tensor:
+    """(rows, intermediate_size), what the layer's last linear map reads."""
+    if parts.gate is None:
+        expanded = expand(parts.intermediate, parts.activation, x)
+    else:
+        expanded = expand_gated(parts.intermediate, parts.gate, parts.activation, x)
+    return drop(parts.inner_dropout, expanded)
+
+
+def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Heads turned by their tokens' angles (Su et al. 2021, section 3.2.2), in float32 if x has fewer bits.
+
+    Args:
+        x: (tokens, heads, head_size); features i and i + head_size / 2 are a point in the plane.
+        cosines, sines: (tokens, head_size / 2).
+
+    Returns:
+        (tokens, heads, head_size) in x's dtype.
+    """
+    cosines, sines = cosines[:, None], sines[:, None]
+    first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
+    return torch.cat((first * cosines - second * sines, second * cosines + first * sines), -1).to(x.dtype)
+
+
+def _heads(parts: EncoderLayerParts, x: Tensor, rotations: Rotations) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, each (tokens, heads, head_size)."""
+    query, key, value = (
+        projected.unflatten(-1, (-1, parts.head_size))
+        for projected in multiply_slices((parts.query, parts.key, parts.value), x)
+    )
+    if parts.rotation is None:
+        return query, key, value
+    return rotate(query, *rotations[parts.rotation]), rotate(key, *rotations[parts.rotation]), value
+
+
 def _layer_seed(parts: EncoderLayerParts, x: Tensor) -> Tensor | None:
     """One seed for the three dropouts of a layer, if any of them runs in a kernel."""
     rates = (
@@ -228,6 +319,7 @@ def encoder_layer(
     batch: PackedBatch,
     rows: Tensor | None = None,
     bias: Tensor | None = None,
+    rotations: Rotations = (),
 ) -> Tensor:
     """One encoder layer (Devlin et al. 2018; Vaswani et al. 2017, section 3.1) on packed rows.
 
@@ -238,17 +330,15 @@ def encoder_layer(
         rows: (rows,) int64, the packed rows whose result is needed; None: all. Everything after attention runs on
             these alone.
         bias: of the scores, by relative position; see functional.attention.
+        rotations: of the tokens.
 
     Returns:
         (tokens or rows, hidden_size).
     """
-    heads = (-1, parts.head_size)
     seed = _layer_seed(parts, hidden_states)
     x = normalise(parts.attention_norm, hidden_states) if parts.norm_first else hidden_states
     context = functional.attention(
-        multiply(parts.query, x).unflatten(-1, heads),
-        multiply(parts.key, x).unflatten(-1, heads),
-        multiply(parts.value, x).unflatten(-1, heads),
+        *_heads(parts, x, rotations),
         batch.cu_seqlens,
         batch.max_seqlen,
         tiles=batch.tiles,
@@ -256,17 +346,18 @@ def encoder_layer(
         seed=seed,
         stream=0,
         bias=bias,
+        window=parts.window,
     ).flatten(1)
     if rows is not None:
         context, hidden_states = context.index_select(0, rows), hidden_states.index_select(0, rows)
     if parts.norm_first:
         hidden_states = hidden_states + drop(parts.attention_output_dropout, multiply(parts.attention_output, context))
-        expanded = expand(parts.intermediate, parts.activation, normalise(parts.output_norm, hidden_states))
-        return hidden_states + drop(parts.output_dropout, multiply(parts.output, drop(parts.inner_dropout, expanded)))
+        expanded = _feed_forward(parts, normalise(parts.output_norm, hidden_states))
+        return hidden_states + drop(parts.output_dropout, multiply(parts.output, expanded))
     attended = project(
         parts.attention_output, parts.attention_output_dropout, parts.attention_norm, context, hidden_states, seed, 1
     )
-    expanded = drop(parts.inner_dropout, expand(parts.intermediate, parts.activation, attended))
+    expanded = _feed_forward(parts, attended)
     return project(parts.output, parts.output_dropout, parts.output_norm, expanded, attended, seed, 2)
 
 
@@ -275,6 +366,9 @@ class EncoderLayer(nn.Module):
 
     inner_dropout = NO_DROPOUT
     norm_first = False
+    gate = None
+    window = None
+    rotation = None
 
     def __init__(
         self,
@@ -318,7 +412,7 @@ class EmbeddingParts(Protocol):
     @property
     def word(self) -> nn.Module: ...
     @property
-    def position(self) -> nn.Module: ...
+    def position(self) -> nn.Module | None: ...
     @property
     def token_type(self) -> nn.Module | None: ...
     @property
@@ -337,15 +431,17 @@ def _is_plain_table(table: nn.Module) -> bool:
 
 def _can_be_fused(parts: EmbeddingParts) -> bool:
     """Whether functional.embedding does what the parts do one after another."""
+    if parts.position is None:
+        return False
     tables = [table for table in (parts.word, parts.position, parts.token_type) if table is not None]
-    if not (is_plain_norm(parts.norm) and all(map(_is_plain_table, tables))):
+    if not (is_plain_norm(parts.norm) and parts.norm.bias is not None and all(map(_is_plain_table, tables))):
         return False
     dtypes = {cast("nn.Embedding", part).weight.dtype for part in (*tables, parts.norm)}
     return len(dtypes) == 1 and getattr(parts.token_type, "padding_idx", None) is None
 
 
 def embed(parts: EmbeddingParts, batch: PackedBatch, inputs_embeds: Tensor | None = None) -> Tensor:
-    """Word, token-type (if there are any) and position embeddings, normalised (Devlin et al. 2018, figure 2).
+    """Word, token-type and position embeddings, as far as there are any, normalised (Devlin et al. 2018, figure 2).
 
     Args:
         parts: its modules.
@@ -378,4 +474,9 @@ def embed(parts: EmbeddingParts, batch: PackedBatch, inputs_embeds: Tensor | Non
     else:
         types = parts.token_type(torch.zeros_like(batch.positions))
     x = words if types is None else words + types
-    return drop(parts.dropout, normalise(parts.norm, parts.position(batch.positions), x))
+    normalised = (
+        normalise(parts.norm, x)
+        if parts.position is None
+        else normalise(parts.norm, parts.position(batch.positions), x)
+    )
+    return drop(parts.dropout, normalised)

@@ -46,13 +46,21 @@ def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Te
     return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None, window: int | None = None
+) -> Tensor:
     """Attention of queries (queries, heads, size) over keys and values (keys, heads, size); zeros without a key.
 
-    `bias` (heads, queries, keys) is added to the scores.
+    `bias` (heads, queries, keys) is added to the scores; keys more than `window` rows away are not seen.
     """
     if k.shape[0] == 0:
         return torch.zeros_like(q)
+    if window is not None:
+        rows = []
+        for row in range(len(q)):
+            near = slice(min(max(row - window, 0), len(k)), row + window + 1)
+            rows.append(attend(q[row : row + 1], k[near], v[near], scale))
+        return torch.cat(rows) if rows else torch.zeros_like(q)
     scores = torch.einsum("qhd,khd->hqk", q, k) * scale
     if bias is not None:
         scores = scores + bias
@@ -60,7 +68,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = 
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, num_keys: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    num_keys: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Attention within packed sequences.
 
@@ -69,6 +83,7 @@ def attention(
         cu_seqlens: (sequences + 1,) bounds of the sequences.
         scale: factor of the scores.
         num_keys: (sequences,) how many of a sequence's first rows are keys; None: all.
+        window: how many rows from a query its farthest key may be; None: anywhere.
 
     Returns:
         (tokens, heads, head_size).
@@ -77,7 +92,7 @@ def attention(
     outputs = []
     for sequence, (start, stop) in enumerate(pairwise(bounds)):
         last_key = stop if num_keys is None else start + int(num_keys[sequence])
-        outputs.append(attend(q[start:stop], k[start:last_key], v[start:last_key], scale))
+        outputs.append(attend(q[start:stop], k[start:last_key], v[start:last_key], scale, window=window))
     return torch.cat(outputs) if outputs else torch.zeros_like(q)
 
 
@@ -148,6 +163,78 @@ def _torch_layer(layer: TorchLayer, x: Tensor, keys: Tensor) -> Tensor:
         return x + fed_forward(normalise(2, x))
     x = normalise(1, x + attended(x))
     return normalise(2, x + fed_forward(x))
+
+
+class RotaryLayer(NamedTuple):
+    """
+    Attributes:
+        weights: tensors under the names of a layer of Hugging Face's ModernBertModel; "attn_norm" may be missing.
+        num_heads: of the attention.
+        activation: "none" or "tanh" for GELU, or "relu".
+        eps: of the two norms.
+        window: how many rows from a query its farthest key may be; None: anywhere.
+        cosines, sines: (batch or 1, length, head_size / 2), of the angles of each place.
+    """
+
+    weights: Mapping[str, Tensor]
+    num_heads: int
+    activation: str
+    eps: float
+    window: int | None
+    cosines: Tensor
+    sines: Tensor
+
+
+def rotary_encoder(layers: Sequence[RotaryLayer], x: Tensor, keys: Tensor | None = None) -> Tensor:
+    """The layers of ModernBERT (Warner et al. 2024), without the norm after the last; no dropout.
+
+    Args:
+        layers: its layers.
+        x: (batch, length, width).
+        keys: (batch, length) bool, where tokens are attended to; None: everywhere.
+
+    Returns:
+        (batch, length, width).
+    """
+    keys = torch.ones(x.shape[:2], dtype=torch.bool) if keys is None else keys
+    for layer in layers:
+        x = _rotary_layer(layer, x, keys)
+    return x
+
+
+def _rotary_layer(layer: RotaryLayer, x: Tensor, keys: Tensor) -> Tensor:
+    weights = layer.weights
+    length = x.shape[1]
+    distance = (torch.arange(length)[:, None] - torch.arange(length)).abs()
+    is_near = distance <= (length if layer.window is None else layer.window)
+
+    def linear(name: str, values: Tensor) -> Tensor:
+        result = values @ weights[f"{name}.weight"].T
+        bias = weights.get(f"{name}.bias")
+        return result if bias is None else result + bias
+
+    def normalise(name: str, values: Tensor) -> Tensor:
+        weight = weights.get(f"{name}.weight")
+        if weight is None:
+            return values
+        return layer_norm(values, weight, weights.get(f"{name}.bias", torch.zeros_like(weight)), layer.eps)
+
+    def turn(values: Tensor) -> Tensor:
+        first, second = values.chunk(2, -1)
+        turned = torch.complex(first, second) * torch.complex(layer.cosines, layer.sines)[:, :, None]
+        return torch.cat((turned.real, turned.imag), -1)
+
+    q, k, v = linear("attn.Wqkv", normalise("attn_norm", x)).unflatten(-1, (3, layer.num_heads, -1)).unbind(2)
+    q, k = turn(q), turn(k)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])
+    is_seen = (keys[:, None, :] & is_near)[:, None]
+    probabilities = torch.softmax(scores.masked_fill(~is_seen, float("-inf")), -1)
+    # A query without any key has no probabilities.
+    probabilities = probabilities.masked_fill(~is_seen.any(-1, keepdim=True), 0.0)
+    x = x + linear("attn.Wo", torch.einsum("bhqk,bkhd->bqhd", probabilities, v).flatten(2))
+    inner, gate = linear("mlp.Wi", normalise("mlp_norm", x)).chunk(2, -1)
+    inner = inner.clamp(min=0) if layer.activation == "relu" else gelu(inner, approximate=layer.activation)
+    return x + linear("mlp.Wo", inner * gate)
 
 
 def bert(

@@ -311,18 +311,19 @@ cpu::RelativeBias relative_bias(const std::optional<py::array>& bias, int64_t he
 }
 
 cpu::AttentionShape attention_shape(const py::array& q, const py::array& tiles, int64_t tile_size, float scale,
-                                    const cpu::Dropout& dropout, const std::optional<py::array>& bias) {
+                                    const cpu::Dropout& dropout, const std::optional<py::array>& bias, int64_t window) {
     check_rank(q, "q", 3);
+    if (window >= 0 && bias) fail("window is " + std::to_string(window) + "; with a bias there can be none");
     const Tile* list = checked_tiles(tiles, tile_size, q.shape(0));
     return {list, tiles.shape(0), tile_size, q.shape(0), q.shape(1), q.shape(2), scale, dropout,
-            relative_bias(bias, q.shape(1), list, tiles.shape(0))};
+            relative_bias(bias, q.shape(1), list, tiles.shape(0)), window};
 }
 
 void attention(const py::array& q, const py::array& k, const py::array& v, const py::array& tiles, int64_t tile_size,
                float scale, int64_t seed, int64_t stream, double dropout_p, const std::optional<py::array>& bias,
-               py::array& out, py::array& log_sum_exp, int threads) {
+               int64_t window, py::array& out, py::array& log_sum_exp, int threads) {
     const cpu::AttentionShape shape =
-        attention_shape(q, tiles, tile_size, scale, make_dropout(seed, stream, dropout_p), bias);
+        attention_shape(q, tiles, tile_size, scale, make_dropout(seed, stream, dropout_p), bias, window);
     const auto view = [&](const py::array& a, const char* name) {
         return heads_view(a, name, shape.tokens, shape.heads, shape.head_size);
     };
@@ -337,10 +338,10 @@ void attention(const py::array& q, const py::array& k, const py::array& v, const
 void attention_backward(const py::array& grad_out, const py::array& q, const py::array& k, const py::array& v,
                         const py::array& out, const py::array& tiles, int64_t tile_size,
                         float scale, int64_t seed, int64_t stream, double dropout_p,
-                        const std::optional<py::array>& bias, py::array& grad_q, py::array& grad_k, py::array& grad_v,
-                        std::optional<py::array>& grad_bias, int threads) {
+                        const std::optional<py::array>& bias, int64_t window, py::array& grad_q, py::array& grad_k,
+                        py::array& grad_v, std::optional<py::array>& grad_bias, int threads) {
     const cpu::AttentionShape shape =
-        attention_shape(q, tiles, tile_size, scale, make_dropout(seed, stream, dropout_p), bias);
+        attention_shape(q, tiles, tile_size, scale, make_dropout(seed, stream, dropout_p), bias, window);
     if (grad_bias && !bias) fail("grad_bias is given without bias");
     const auto view = [&](const py::array& a, const char* name) {
         return heads_view(a, name, shape.tokens, shape.heads, shape.head_size);
@@ -516,38 +517,52 @@ cpu::Nonlinearity nonlinearity(const std::string& activation) {
 }
 
 Encoder make_encoder(int64_t hidden_size, int64_t num_heads, int64_t intermediate_size, const std::string& activation,
-                     const std::string& products, bool norm_first) {
+                     const std::string& products, bool norm_first, bool has_gates) {
     if (hidden_size < 1 || num_heads < 1 || intermediate_size < 1 || hidden_size % num_heads != 0)
         fail("hidden_size is " + std::to_string(hidden_size) + ", num_heads " + std::to_string(num_heads) +
              ", intermediate_size " + std::to_string(intermediate_size) +
              "; all must be positive and num_heads must divide hidden_size");
-    return {hidden_size, num_heads, intermediate_size, nonlinearity(activation), narrow_kind(products), norm_first};
+    return {hidden_size, num_heads, intermediate_size, nonlinearity(activation), narrow_kind(products), norm_first, has_gates};
 }
 
-// arrays: weight and bias of query, key, value, attention output, attention norm, intermediate, output, output norm. The
-// caller keeps those of `watched` and all but the six weights of linear layers for as long as the encoder.
-void add_encoder_layer(Encoder& encoder, const std::vector<py::array>& arrays, float attention_eps, float output_eps,
-                       const std::array<bool, Encoder::kLinears>& are_narrow, const std::vector<py::array>& watched,
-                       int threads) {
-    constexpr size_t kArrays = 16;
+// arrays: weight and bias of query, key, value, attention output, intermediate, gate, output, attention norm, output norm;
+// None for the bias of a linear layer without one, for both of a gate that is not there, and for both of the attention
+// norm where norms come first and there is none. The caller keeps those of `watched` and all but the weights of linear
+// layers for as long as the encoder.
+void add_encoder_layer(Encoder& encoder, const std::vector<std::optional<py::array>>& arrays, float attention_eps,
+                       float output_eps, const std::array<bool, Encoder::kLinears>& are_narrow,
+                       const std::vector<py::array>& watched, int threads, int64_t window, int64_t rotation) {
+    constexpr size_t kArrays = 2 * (Encoder::kLinears + 2);
     if (arrays.size() != kArrays)
         fail("arrays has " + std::to_string(arrays.size()) + " entries; " + std::to_string(kArrays) + " are needed");
     const int64_t hidden = encoder.hidden_size();
     const int64_t inner = encoder.intermediate_size();
+    const auto required = [&](size_t at, const char* name) -> const py::array& {
+        if (!arrays[at]) fail(std::string(name) + " is None; an array is needed");
+        return *arrays[at];
+    };
     const auto linear = [&](size_t at, const char* name, int64_t outputs, int64_t inputs) -> Encoder::LinearArrays {
-        return {input<float>(arrays[at], name, {outputs, inputs}), input<float>(arrays[at + 1], name, {outputs})};
+        return {input<float>(required(at, name), name, {outputs, inputs}),
+                optional_input<float>(arrays[at + 1], name, {outputs})};
     };
     const auto norm = [&](size_t at, const char* name, float eps) -> cpu::Norm {
-        return {input<float>(arrays[at], name, {hidden}), input<float>(arrays[at + 1], name, {hidden}), eps};
+        return {input<float>(required(at, name), name, {hidden}), input<float>(required(at + 1, name), name, {hidden}), eps};
     };
+    const bool has_attention_norm = !encoder.is_norm_first() || arrays[14] || arrays[15];
+    if (rotation < -1 || (rotation >= 0 && encoder.head_size() % 2 != 0))
+        fail("rotation is " + std::to_string(rotation) + " and head_size " + std::to_string(encoder.head_size()) +
+             "; -1 or, for an even head_size, a number from 0 on is needed");
     const Encoder::LayerArrays layer{linear(0, "query", hidden, hidden),
                                      linear(2, "key", hidden, hidden),
                                      linear(4, "value", hidden, hidden),
                                      linear(6, "attention_output", hidden, hidden),
-                                     linear(10, "intermediate", inner, hidden),
+                                     linear(8, "intermediate", inner, hidden),
+                                     encoder.has_gates() ? linear(10, "gate", inner, hidden) : Encoder::LinearArrays{},
                                      linear(12, "output", hidden, inner),
-                                     norm(8, "attention_norm", attention_eps),
-                                     norm(14, "output_norm", output_eps)};
+                                     has_attention_norm ? norm(14, "attention_norm", attention_eps) : cpu::Norm{},
+                                     norm(16, "output_norm", output_eps),
+                                     window,
+                                     rotation};
     if (!encoder.has_narrow() && are_narrow != std::array<bool, Encoder::kLinears>{})
         fail("are_narrow names a linear layer, but the encoder's products are \"float32\"");
     std::vector<Encoder::Watched> places;
@@ -565,13 +580,23 @@ void add_encoder_layer(Encoder& encoder, const std::vector<py::array>& arrays, f
 
 void run_encoder(const Encoder& encoder, const py::array& x, const py::array& tiles, int64_t tile_size,
                  const std::optional<py::array>& rows, std::vector<py::array>& outputs, int threads,
-                 const std::optional<py::array>& bias) {
+                 const std::optional<py::array>& bias, const std::vector<std::pair<py::array, py::array>>& rotations) {
     check_rank(x, "x", 2);
     const int64_t tokens = x.shape(0);
     const float* x_data = input<float>(x, "x", {tokens, encoder.hidden_size()});
     const Tile* list = checked_tiles(tiles, tile_size, tokens);
     Encoder::Batch batch{list, tiles.shape(0), tile_size, tokens, nullptr, 0,
-                         relative_bias(bias, encoder.num_heads(), list, tiles.shape(0))};
+                         relative_bias(bias, encoder.num_heads(), list, tiles.shape(0)), nullptr};
+    if (bias && encoder.has_windows()) fail("bias is given, but layers have windows; both at once are not served");
+    if (static_cast<int64_t>(rotations.size()) < encoder.num_rotations())
+        fail("rotations has " + std::to_string(rotations.size()) + " entries; the layers name " +
+             std::to_string(encoder.num_rotations()));
+    std::vector<cpu::Rotation> angles;
+    for (const auto& [cosines, sines] : rotations) {
+        const int64_t half = encoder.head_size() / 2;
+        angles.push_back({input<float>(cosines, "rotations", {tokens, half}), input<float>(sines, "rotations", {tokens, half})});
+    }
+    batch.rotations = angles.data();
     if (rows) {
         check_rank(*rows, "rows", 1);
         batch.num_rows = rows->shape(0);
@@ -620,11 +645,11 @@ PYBIND11_MODULE(_C, module) {
                py::arg("threads"));
     module.def("attention", &attention, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("tiles"),
                py::arg("tile_size"), py::arg("scale"), py::arg("seed"), py::arg("stream"), py::arg("dropout_p"),
-               py::arg("bias"), py::arg("out"), py::arg("log_sum_exp"), py::arg("threads"));
+               py::arg("bias"), py::arg("window"), py::arg("out"), py::arg("log_sum_exp"), py::arg("threads"));
     module.def("attention_backward", &attention_backward, py::arg("grad_out"), py::arg("q"), py::arg("k"), py::arg("v"),
                py::arg("out"), py::arg("tiles"), py::arg("tile_size"), py::arg("scale"), py::arg("seed"), py::arg("stream"),
-               py::arg("dropout_p"), py::arg("bias"), py::arg("grad_q"), py::arg("grad_k"), py::arg("grad_v"),
-               py::arg("grad_bias"), py::arg("threads"));
+               py::arg("dropout_p"), py::arg("bias"), py::arg("window"), py::arg("grad_q"), py::arg("grad_k"),
+               py::arg("grad_v"), py::arg("grad_bias"), py::arg("threads"));
     module.def("layer_norm", &layer_norm, py::arg("x"), py::arg("residual"), py::arg("weight"), py::arg("bias"),
                py::arg("eps"), py::arg("y"), py::arg("mean"), py::arg("rstd"), py::arg("threads"));
     module.def("layer_norm_backward", &layer_norm_backward, py::arg("grad_y"), py::arg("x"),
@@ -641,12 +666,14 @@ PYBIND11_MODULE(_C, module) {
                py::arg("approximate"), py::arg("grad_x"), py::arg("grad_bias"), py::arg("threads"));
     py::class_<Encoder>(module, "Encoder")
         .def(py::init(&make_encoder), py::arg("hidden_size"), py::arg("num_heads"), py::arg("intermediate_size"),
-             py::arg("activation"), py::arg("products"), py::arg("norm_first") = false)
+             py::arg("activation"), py::arg("products"), py::arg("norm_first") = false, py::arg("has_gates") = false)
         .def("add_layer", &add_encoder_layer, py::arg("arrays"), py::arg("attention_eps"), py::arg("output_eps"),
-             py::arg("are_narrow"), py::arg("watched"), py::arg("threads"))
+             py::arg("are_narrow"), py::arg("watched"), py::arg("threads"), py::arg("window") = -1,
+             py::arg("rotation") = -1)
         .def("is_current", &Encoder::is_current)
         .def("run", &run_encoder, py::arg("x"), py::arg("tiles"), py::arg("tile_size"), py::arg("rows"),
-             py::arg("outputs"), py::arg("threads"), py::arg("bias") = py::none());
+             py::arg("outputs"), py::arg("threads"), py::arg("bias") = py::none(),
+             py::arg("rotations") = std::vector<std::pair<py::array, py::array>>());
     py::class_<Guard>(module, "Guard")
         .def(py::init<>())
         .def("expect_type", &Guard::expect_type, py::arg("instance"))

@@ -14,11 +14,12 @@ constexpr int64_t kSamples = 8;  // of each array
 }  // namespace
 
 Encoder::Encoder(int64_t hidden_size, int64_t num_heads, int64_t intermediate_size, cpu::Nonlinearity nonlinearity,
-                 cpu::Narrow narrow, bool norm_first) {
+                 cpu::Narrow narrow, bool norm_first, bool has_gates) {
     shape_.hidden_size = hidden_size;
     shape_.intermediate_size = intermediate_size;
     shape_.nonlinearity = nonlinearity;
     shape_.norm_first = norm_first;
+    shape_.has_gates = has_gates;
     shape_.narrow = narrow;
     shape_.attention.heads = num_heads;
     shape_.attention.head_size = hidden_size / num_heads;
@@ -63,8 +64,11 @@ void Encoder::add_layer(const LayerArrays& arrays, const std::array<bool, kLinea
                        pack(arrays.value, hidden, hidden, are_narrow[2], threads),
                        pack(arrays.attention_output, hidden, hidden, are_narrow[3], threads),
                        pack(arrays.intermediate, inner, hidden, are_narrow[4], threads),
-                       pack(arrays.output, hidden, inner, are_narrow[5], threads), arrays.attention_norm,
-                       arrays.output_norm});
+                       shape_.has_gates ? pack(arrays.gate, inner, hidden, are_narrow[5], threads) : cpu::Linear{},
+                       pack(arrays.output, hidden, inner, are_narrow[6], threads), arrays.attention_norm,
+                       arrays.output_norm, arrays.window, arrays.rotation});
+    has_windows_ = has_windows_ || arrays.window >= 0;
+    num_rotations_ = std::max(num_rotations_, arrays.rotation + 1);
     for (const Watched& array : watched) watch(array);
     shape_.num_layers = num_layers();
     num_narrow_ += std::count(are_narrow.begin(), are_narrow.end(), true);
@@ -84,6 +88,7 @@ void Encoder::run(const Batch& batch, const float* input, const std::vector<floa
     shape.attention.tile_size = batch.tile_size;
     shape.attention.tokens = batch.tokens;
     shape.attention.bias = batch.bias;
+    shape.rotations = batch.rotations;
     shape.rows = batch.rows;
     shape.num_rows = batch.num_rows;
     const Buffer<float> workspace(cpu::kernels().encoder_workspace(shape, threads));

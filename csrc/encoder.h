@@ -21,8 +21,10 @@ class Encoder {
     };
 
     struct LayerArrays {
-        LinearArrays query, key, value, attention_output, intermediate, output;
+        LinearArrays query, key, value, attention_output, intermediate, gate, output;
         cpu::Norm attention_norm, output_norm;
+        int64_t window;
+        int64_t rotation;
     };
 
     // Memory whose contents tell whether a weight is still what was packed: any plain array.
@@ -33,10 +35,10 @@ class Encoder {
     };
 
     Encoder(int64_t hidden_size, int64_t num_heads, int64_t intermediate_size, cpu::Nonlinearity nonlinearity,
-            cpu::Narrow narrow, bool norm_first);
+            cpu::Narrow narrow, bool norm_first, bool has_gates);
     Encoder(Encoder&&) = default;  // and no copy: the layers point into storage_
 
-    static constexpr size_t kLinears = 6;  // in the order of LayerArrays
+    static constexpr size_t kLinears = 7;  // in the order of LayerArrays; the gate is among them even where there is none
 
     // Packs the weights, those of the linear layers that `are_narrow` names as `narrow` says. Biases, norms and what is
     // watched are read where they lie: they must outlive this.
@@ -46,6 +48,10 @@ class Encoder {
     // Whether what is watched holds what it did, as far as some elements of each array show.
     bool is_current() const;
 
+    bool is_norm_first() const { return shape_.norm_first; }
+    bool has_gates() const { return shape_.has_gates; }
+    bool has_windows() const { return has_windows_; }
+    int64_t num_rotations() const { return num_rotations_; }
     bool has_narrow() const { return shape_.narrow != cpu::Narrow::none; }
     int64_t num_layers() const { return static_cast<int64_t>(layers_.size()); }
     int64_t hidden_size() const { return shape_.hidden_size; }
@@ -61,6 +67,7 @@ class Encoder {
         const int64_t* rows;  // of the last layer, see cpu::EncoderShape; null: all
         int64_t num_rows;
         cpu::RelativeBias bias;
+        const cpu::Rotation* rotations;  // num_rotations
     };
 
     // outputs: one array (tokens, hidden_size) a layer, the last one (num_rows, hidden_size) where rows are given.
@@ -85,6 +92,8 @@ class Encoder {
     cpu::EncoderShape shape_{};
     std::vector<cpu::EncoderLayer> layers_;
     int64_t num_narrow_ = 0;
+    int64_t num_rotations_ = 0;
+    bool has_windows_ = false;
     Arena storage_;
     std::vector<Sample> samples_;
 };

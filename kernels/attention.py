@@ -1,12 +1,14 @@
 """Bidirectional attention within packed sequences, forward and backward.
 
 Supported: float32, float16, bfloat16; head sizes 1-128; any sequence lengths; the first `num_keys` rows of a sequence
-are its keys; dropout of the probabilities; a bias of the scores for each head and relative position. Each program owns
-one tile of one head, finds its sequence in the tile list and walks the other side of the score matrix in blocks, so
-nothing is padded and no result depends on the order in which programs run.
+are its keys; a window around each query, beyond which it sees none; dropout of the probabilities; a bias of the scores
+for each head and relative position, but not with a window. Each program owns one tile of one head, finds its sequence
+in the tile list and walks the other side of the score matrix in blocks, so nothing is padded and no result depends on
+the order in which programs run.
 
 Sources: Dao, "FlashAttention-2" (2023), section 3; Milakov and Gimelshein, "Online normalizer calculation" (2018);
-relative bias: Raffel et al., "T5" (2020), section 2.1, as MPNet has it.
+relative bias: Raffel et al., "T5" (2020), section 2.1, as MPNet has it; window: Beltagy et al., "Longformer" (2020),
+section 3.1, as ModernBERT has it.
 """
 
 from typing import NamedTuple
@@ -26,7 +28,9 @@ LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 SHORT = 64
 
 
-def forward_launch(dtype: torch.dtype, head_size: int, max_seqlen: int, has_dropout: bool = False) -> Launch:
+def forward_launch(
+    dtype: torch.dtype, head_size: int, max_seqlen: int, has_dropout: bool = False, has_window: bool = False
+) -> Launch:
     """Rows are queries, columns keys."""
     if not is_half(dtype):
         # Without tensor cores the operands of a product live in registers: small tiles and many warps, or they spill.
@@ -37,7 +41,8 @@ def forward_launch(dtype: torch.dtype, head_size: int, max_seqlen: int, has_drop
         # The random numbers of 128 rows do not fit beside the accumulators of four warps.
         return Launch(64, 64, 4, 2) if has_dropout else Launch(128, 64, 4, 3)
     # Twice the accumulator, so half the rows: 128 spill, with four warps on NVIDIA's, with eight on gfx942.
-    return Launch(64, 32 if has_dropout else 64, 4, 2)
+    # Dropout and windows have registers of their own.
+    return Launch(64, 32 if has_dropout or has_window else 64, 4, 2)
 
 
 def backward_launch(
@@ -102,6 +107,16 @@ def _kept(
 
 
 @triton.jit
+def _visible(first_row, num_others, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    """From where, in whole blocks, and up to where the other side of the score matrix is seen by BLOCK_M rows."""
+    first, last = 0, num_others
+    if HAS_WINDOW:
+        first = tl.maximum(first_row - window, 0) // BLOCK_N * BLOCK_N
+        last = tl.minimum(first_row + BLOCK_M + window, num_others)
+    return first, last
+
+
+@triton.jit
 def _load_rows(
     ptr, row_stride, first_row, num_rows,
     BLOCK: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, IS_TAIL: tl.constexpr,
@@ -137,15 +152,18 @@ def _relative_bias(bias_ptr, reach, query_idx, key_idx):
 
 @triton.jit
 def _scores(
-    query, key, first_query, first_key, num_keys, log2_scale, bias_ptr, reach,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr, IS_TAIL: tl.constexpr,
+    query, key, first_query, first_key, num_keys, log2_scale, bias_ptr, reach, window,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    IS_TAIL: tl.constexpr,
 ):  # fmt: skip
-    """The scores of BLOCK_M queries and BLOCK_N keys in base 2; in a tail, -inf for what is no key."""
+    """The scores of BLOCK_M queries and BLOCK_N keys in base 2; -inf beyond the window and, in a tail, for no key."""
     scores = tl.dot(query, tl.trans(key), input_precision="ieee") * log2_scale
+    query_idx = first_query + tl.arange(0, BLOCK_M)
     key_idx = first_key + tl.arange(0, BLOCK_N)
     if HAS_BIAS:
-        query_idx = first_query + tl.arange(0, BLOCK_M)
         scores += _relative_bias(bias_ptr, reach, query_idx[:, None], key_idx[None, :])
+    if HAS_WINDOW:
+        scores = tl.where(tl.abs(query_idx[:, None] - key_idx[None, :]) <= window, scores, float("-inf"))
     if IS_TAIL:
         scores = tl.where((key_idx < num_keys)[None, :], scores, float("-inf"))
     return scores
@@ -154,18 +172,22 @@ def _scores(
 @triton.jit
 def _forward_block(
     query, k_ptr, v_ptr, k_stride, v_stride, first_key, num_keys, log2_scale, running_max, running_sum, result,
-    sequence_start, head, first_query, seed, threshold, bias_ptr, reach,
+    sequence_start, head, first_query, seed, threshold, bias_ptr, reach, window,
     HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr, IS_TAIL: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_TAIL: tl.constexpr,
 ):  # fmt: skip
     """One block of keys: the running maximum and sum of the softmax, and the weighted sum of the values."""
     key = _load_rows(k_ptr, k_stride, first_key, num_keys, BLOCK_N, HEAD_SIZE, BLOCK_D, IS_TAIL)
     scores = _scores(
-        query, key, first_query, first_key, num_keys, log2_scale, bias_ptr, reach, BLOCK_M, BLOCK_N, HAS_BIAS, IS_TAIL
-    )
+        query, key, first_query, first_key, num_keys, log2_scale, bias_ptr, reach, window,
+        BLOCK_M, BLOCK_N, HAS_BIAS, HAS_WINDOW, IS_TAIL,
+    )  # fmt: skip
     new_max = tl.maximum(running_max, tl.max(scores, 1))
-    probs = tl.exp2(scores - new_max[:, None])
-    decay = tl.exp2(running_max - new_max)
+    subtrahend = new_max
+    if HAS_WINDOW:  # some of the queries may have seen no key yet
+        subtrahend = tl.where(new_max == float("-inf"), 0.0, new_max)
+    probs = tl.exp2(scores - subtrahend[:, None])
+    decay = tl.exp2(running_max - subtrahend)
     running_sum = running_sum * decay + tl.sum(probs, 1)
     if HAS_DROPOUT:
         # After the sum: dropout is of the normalised probabilities. The factor of what is kept comes at the end.
@@ -179,14 +201,16 @@ def _forward_block(
     return new_max, running_sum, result
 
 
-@triton.jit(do_not_specialize=["lse_stride", "stream", "threshold", "reach"])
+@triton.jit(do_not_specialize=["lse_stride", "stream", "threshold", "reach", "window"])
 def _attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, tiles_ptr, seed_ptr, bias_ptr,
     q_stride, k_stride, v_stride, out_stride, lse_stride, scale, stream, threshold, keep_scale, reach,
+    window,
     HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SUBTILES: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT_TAIL: tl.constexpr,
+    SUBTILES: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    SPLIT_TAIL: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M queries of one head against all keys of their sequence, with a running softmax in base 2."""
+    """BLOCK_M queries of one head against the keys of their sequence, with a running softmax in base 2."""
     sequence_start, num_rows, num_keys, first_query = _tile(tiles_ptr, SUBTILES, BLOCK_M)
     if first_query >= num_rows:
         return
@@ -209,22 +233,24 @@ def _attention_kernel(
     running_sum = tl.zeros((BLOCK_M,), tl.float32)
     result = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     # Where registers are short, one loop that masks every block takes fewer than a loop and its tail.
-    full_keys = num_keys // BLOCK_N * BLOCK_N if SPLIT_TAIL else num_keys
-    for first_key in range(0, full_keys, BLOCK_N):
+    first_visible, last_visible = _visible(first_query, num_keys, window, BLOCK_M, BLOCK_N, HAS_WINDOW)
+    full_keys = num_keys // BLOCK_N * BLOCK_N if SPLIT_TAIL else last_visible
+    for first_key in range(first_visible, full_keys, BLOCK_N):
         running_max, running_sum, result = _forward_block(
             query, k_ptr, v_ptr, k_stride, v_stride, first_key, num_keys, log2_scale, running_max, running_sum, result,
-            counter_start, head, first_query, seed, threshold, bias_ptr, reach,
-            HEAD_SIZE, BLOCK_D, BLOCK_M, BLOCK_N, HAS_DROPOUT, HAS_BIAS, IS_TAIL=not SPLIT_TAIL,
+            counter_start, head, first_query, seed, threshold, bias_ptr, reach, window,
+            HEAD_SIZE, BLOCK_D, BLOCK_M, BLOCK_N, HAS_DROPOUT, HAS_BIAS, HAS_WINDOW, IS_TAIL=not SPLIT_TAIL,
         )  # fmt: skip
     if SPLIT_TAIL and full_keys < num_keys:
         running_max, running_sum, result = _forward_block(
             query, k_ptr, v_ptr, k_stride, v_stride, full_keys, num_keys, log2_scale, running_max, running_sum, result,
-            counter_start, head, first_query, seed, threshold, bias_ptr, reach,
-            HEAD_SIZE, BLOCK_D, BLOCK_M, BLOCK_N, HAS_DROPOUT, HAS_BIAS, IS_TAIL=True,
+            counter_start, head, first_query, seed, threshold, bias_ptr, reach, window,
+            HEAD_SIZE, BLOCK_D, BLOCK_M, BLOCK_N, HAS_DROPOUT, HAS_BIAS, HAS_WINDOW, IS_TAIL=True,
         )  # fmt: skip
 
     # A query without keys has an empty sum: divided by one its output is zero, and its log-sum-exp -inf.
-    running_sum = tl.where(num_keys > 0, running_sum, 1.0)
+    has_keys = running_max > float("-inf") if HAS_WINDOW else num_keys > 0
+    running_sum = tl.where(has_keys, running_sum, 1.0)
     result = result / running_sum[:, None]
     if HAS_DROPOUT:
         result = result * keep_scale
@@ -247,14 +273,14 @@ def _score_gradient(scores, log2_lse, grad_probs, delta, is_kept, keep_scale, HA
     return probs, probs * (grad_probs - delta)
 
 
-@triton.jit(do_not_specialize=["lse_stride", "stream", "threshold", "reach"])
+@triton.jit(do_not_specialize=["lse_stride", "stream", "threshold", "reach", "window"])
 def _attention_grad_q_kernel(
     grad_out_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, delta_ptr, grad_q_ptr, tiles_ptr,
     seed_ptr, bias_ptr,
     grad_out_stride, q_stride, k_stride, v_stride, out_stride, grad_q_stride, lse_stride, scale,
-    stream, threshold, keep_scale, reach,
+    stream, threshold, keep_scale, reach, window,
     HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SUBTILES: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SUBTILES: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
     """dQ of BLOCK_M queries; also delta = rowsum(dO * O), which the other kernels read."""
     sequence_start, num_rows, num_keys, first_query = _tile(tiles_ptr, SUBTILES, BLOCK_M)
@@ -281,6 +307,8 @@ def _attention_grad_q_kernel(
     statistic_offs = head.to(tl.int64) * lse_stride + sequence_start + query_idx
     tl.store(delta_ptr + statistic_offs, delta, mask=query_idx < num_rows)
     log2_lse = tl.load(lse_ptr + statistic_offs, mask=query_idx < num_rows, other=float("inf")) * LOG2_E
+    if HAS_WINDOW:  # without a key in it: all its scores are -inf
+        log2_lse = tl.where(log2_lse == float("-inf"), 0.0, log2_lse)
     seed = load_seed(seed_ptr, stream) if HAS_DROPOUT else 0
     if HAS_BIAS:
         bias_ptr += head * (2 * reach + 1)
@@ -288,12 +316,13 @@ def _attention_grad_q_kernel(
     counter_start = sequence_start.to(tl.uint32)
 
     grad_q = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for first_key in range(0, num_keys, BLOCK_N):
+    first_visible, last_visible = _visible(first_query, num_keys, window, BLOCK_M, BLOCK_N, HAS_WINDOW)
+    for first_key in range(first_visible, last_visible, BLOCK_N):
         key = _load_rows(k_ptr, k_stride, first_key, num_keys, BLOCK_N, HEAD_SIZE, BLOCK_D, IS_TAIL=True)
         value = _load_rows(v_ptr, v_stride, first_key, num_keys, BLOCK_N, HEAD_SIZE, BLOCK_D, IS_TAIL=True)
         scores = _scores(
-            query, key, first_query, first_key, num_keys, log2_scale, bias_ptr, reach,
-            BLOCK_M, BLOCK_N, HAS_BIAS, IS_TAIL=True,
+            query, key, first_query, first_key, num_keys, log2_scale, bias_ptr, reach, window,
+            BLOCK_M, BLOCK_N, HAS_BIAS, HAS_WINDOW, IS_TAIL=True,
         )  # fmt: skip
         grad_probs = tl.dot(grad_out, tl.trans(value), input_precision="ieee")
         is_kept = None
@@ -312,16 +341,16 @@ def _attention_grad_q_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["lse_stride", "stream", "threshold", "reach"])
+@triton.jit(do_not_specialize=["lse_stride", "stream", "threshold", "reach", "window"])
 def _attention_grad_kv_kernel(
     grad_out_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, grad_k_ptr, grad_v_ptr, tiles_ptr,
     seed_ptr, bias_ptr,
     grad_out_stride, q_stride, k_stride, v_stride, grad_k_stride, grad_v_stride, lse_stride, scale,
-    stream, threshold, keep_scale, reach,
+    stream, threshold, keep_scale, reach, window,
     HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SUBTILES: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SUBTILES: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of BLOCK_M keys, over all queries of their sequence in blocks of BLOCK_N; the scores are transposed."""
+    """dK and dV of BLOCK_M keys, over the queries of their sequence in blocks of BLOCK_N; the scores are transposed."""
     sequence_start, num_rows, num_keys, first_key = _tile(tiles_ptr, SUBTILES, BLOCK_M)
     if first_key >= num_rows:
         return
@@ -350,7 +379,8 @@ def _attention_grad_kv_kernel(
     grad_v = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     # Rows that are no keys have no gradient, and queries without keys no finite log-sum-exp.
     num_queries = tl.where(first_key < num_keys, num_rows, 0)
-    for first_query in range(0, num_queries, BLOCK_N):
+    first_visible, last_visible = _visible(first_key, num_queries, window, BLOCK_M, BLOCK_N, HAS_WINDOW)
+    for first_query in range(first_visible, last_visible, BLOCK_N):
         query = _load_rows(q_ptr, q_stride, first_query, num_queries, BLOCK_N, HEAD_SIZE, BLOCK_D, IS_TAIL=True)
         grad_out = _load_rows(
             grad_out_ptr, grad_out_stride, first_query, num_queries, BLOCK_N, HEAD_SIZE, BLOCK_D, IS_TAIL=True
@@ -362,6 +392,9 @@ def _attention_grad_kv_kernel(
         scores = tl.dot(key, tl.trans(query), input_precision="ieee") * log2_scale
         if HAS_BIAS:
             scores += _relative_bias(bias_ptr, reach, query_idx[None, :], key_idx[:, None])
+        if HAS_WINDOW:
+            log2_lse = tl.where(log2_lse == float("-inf"), 0.0, log2_lse)
+            scores = tl.where(tl.abs(query_idx[None, :] - key_idx[:, None]) <= window, scores, float("-inf"))
         grad_probs = tl.dot(value, tl.trans(grad_out), input_precision="ieee")
         is_kept = None
         if HAS_DROPOUT:
@@ -462,6 +495,9 @@ def _attention_grad_bias_kernel(
 BIAS_PARTS = 16
 
 
+MAX_WINDOW = 2**30
+
+
 class Extras(NamedTuple):
     """What an attention call has besides the softmax.
 
@@ -470,12 +506,14 @@ class Extras(NamedTuple):
         stream: number of the place in the model, so that one seed serves many.
         dropout_p: rate, in [0, 1).
         bias: (heads, 2 * reach + 1), added to the score at column key - query + reach; None without.
+        window: how many rows from a query its farthest key may be; None: all keys are seen. Not with a bias.
     """
 
     seed: torch.Tensor | None = None
     stream: int = 0
     dropout_p: float = 0.0
     bias: torch.Tensor | None = None
+    window: int | None = None
 
     @property
     def pointers(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -491,8 +529,22 @@ class Extras(NamedTuple):
         return self.stream, _random.threshold(self.dropout_p), _random.scale(self.dropout_p), self.reach
 
     @property
+    def width(self) -> int:
+        """The window, such that sums with it have 32 bits."""
+        return 0 if self.window is None else min(self.window, MAX_WINDOW)
+
+    @property
+    def needs(self) -> dict[str, bool]:
+        """What the launch sizes of the forward pass depend on."""
+        return {"has_dropout": self.dropout_p > 0, "has_window": self.window is not None}
+
+    @property
     def flags(self) -> dict[str, bool]:
-        return {"HAS_DROPOUT": self.dropout_p > 0, "HAS_BIAS": self.bias is not None}
+        return {
+            "HAS_DROPOUT": self.dropout_p > 0,
+            "HAS_BIAS": self.bias is not None,
+            "HAS_WINDOW": self.window is not None,
+        }
 
 
 def _sizes(launch: Launch, head_size: int) -> dict[str, int]:
@@ -515,14 +567,14 @@ def attention(
     scale: float,
     extras: Extras = Extras(),  # noqa: B008
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """dropout(softmax(scale * Q K^T + bias)) V within each sequence.
+    """dropout(softmax(scale * Q K^T + bias)) V within each sequence, and within the window.
 
     Args:
         q, k, v: (tokens, heads, head_size), contiguous within a token.
         tiles: (tiles, 4) int32: sequence start, rows, keys, first row.
         max_seqlen: rows of the longest sequence; chooses the launch sizes.
         scale: factor of the scores.
-        extras: dropout and bias.
+        extras: dropout, bias and window.
 
     Returns:
         The result (tokens, heads, head_size), in q's dtype, and the natural log-sum-exp (heads, tokens), float32.
@@ -531,11 +583,12 @@ def attention(
     out = torch.empty((tokens, heads, head_size), dtype=q.dtype, device=q.device)
     lse = torch.empty((heads, tokens), dtype=torch.float32, device=q.device)
     if tokens > 0:
-        sizes = _sizes(forward_launch(q.dtype, head_size, max_seqlen, extras.dropout_p > 0), head_size)
+        sizes = _sizes(forward_launch(q.dtype, head_size, max_seqlen, **extras.needs), head_size)
         _attention_kernel[(tiles.shape[0] * sizes["SUBTILES"], heads)](
             q, k, v, out, lse, tiles, *extras.pointers,
             q.stride(0), k.stride(0), v.stride(0), out.stride(0), tokens, scale, *extras.numbers,
-            **sizes, **extras.flags, SPLIT_TAIL=splits_tail(q.dtype, head_size),
+            extras.width, **sizes, **extras.flags,
+            SPLIT_TAIL=extras.window is None and splits_tail(q.dtype, head_size),
         )  # fmt: skip
     return out, lse
 
@@ -572,12 +625,12 @@ def attention_backward(
         _attention_grad_q_kernel[grid](
             grad_out, q, k, v, out, lse, delta, grad_q, tiles, *extras.pointers,
             grad_out.stride(0), q.stride(0), k.stride(0), v.stride(0), out.stride(0), grad_q.stride(0), tokens,
-            scale, *extras.numbers, **sizes, **extras.flags,
+            scale, *extras.numbers, extras.width, **sizes, **extras.flags,
         )  # fmt: skip
         _attention_grad_kv_kernel[grid](
             grad_out, q, k, v, lse, delta, grad_k, grad_v, tiles, *extras.pointers,
             grad_out.stride(0), q.stride(0), k.stride(0), v.stride(0), grad_k.stride(0), grad_v.stride(0), tokens,
-            scale, *extras.numbers, **sizes, **extras.flags,
+            scale, *extras.numbers, extras.width, **sizes, **extras.flags,
         )  # fmt: skip
     if wants_grad_bias:
         assert extras.bias is not None

@@ -97,13 +97,19 @@ def recording() -> Iterator[list[Launch]]:
 
 
 def launch_attention(
-    dtype: torch.dtype, head_size: int, tokens: int, max_seqlen: int, dropout_p: float = 0.0, has_bias: bool = False
+    dtype: torch.dtype,
+    head_size: int,
+    tokens: int,
+    max_seqlen: int,
+    dropout_p: float = 0.0,
+    has_bias: bool = False,
+    window: int | None = None,
 ) -> list[Launch]:
     """q, k and v are slices of one tensor, as a fused linear layer gives them."""
     q, k, v = torch.empty(tokens, 3, 12, head_size, dtype=dtype).unbind(1)
     tiles = torch.zeros(max(tokens // 100, 1), 4, dtype=torch.int32)
     bias = torch.empty(12, 2 * max_seqlen - 1) if has_bias else None
-    extras = attention.Extras(torch.zeros(1, dtype=torch.int64), 3, dropout_p, bias)
+    extras = attention.Extras(torch.zeros(1, dtype=torch.int64), 3, dropout_p, bias, window)
     with recording() as launches:
         out, lse = attention.attention(q, k, v, tiles, max_seqlen, 0.125, extras)
         attention.attention_backward(out, q, k, v, out, lse, tiles, max_seqlen, 0.125, extras, wants_grad_bias=has_bias)
@@ -205,6 +211,10 @@ def jobs() -> Iterator[tuple[list[Launch], torch.dtype, str, tuple[str, ...]]]:
     yield launch_attention(BF16, 64, 1000, 64, dropout_p=0.1), BF16, "64, rows of 64, dropout", HOPPER
     yield launch_attention(BF16, 64, 1000, 512, 0.1, has_bias=True), BF16, "64, dropout, bias", everywhere
     yield launch_attention(FP32, 64, 1000, 512, 0.1, has_bias=True), FP32, "64, dropout, bias", everywhere
+    for head_size in (32, 64, 128):
+        yield launch_attention(BF16, head_size, 1000, 512, window=64), BF16, f"{head_size}, window", everywhere
+    yield launch_attention(BF16, 64, 1000, 512, 0.1, window=64), BF16, "64, dropout, window", everywhere
+    yield launch_attention(FP32, 64, 1000, 512, 0.1, window=64), FP32, "64, dropout, window", everywhere
     yield launch_attention(FP16, 64, 1000, 512), FP16, "64, rows of 512", HOPPER
     yield launch_attention(BF16, 80, 1000, 512), BF16, "80, rows of 512", HOPPER  # narrower than its block
     for dtype in (BF16, FP32):

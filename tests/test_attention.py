@@ -25,6 +25,7 @@ class Case(NamedTuple):
         heads, head_size: of the tensors.
         num_keys: first rows of each sequence that are keys; None: all.
         scale: factor of the scores; None: the default.
+        window: rows from a query to its farthest key; None: anywhere.
     """
 
     lengths: tuple[int, ...]
@@ -32,6 +33,7 @@ class Case(NamedTuple):
     head_size: int
     num_keys: tuple[int, ...] | None = None
     scale: float | None = None
+    window: int | None = None
 
     @property
     def keys(self) -> tuple[int, ...]:
@@ -52,7 +54,13 @@ class Case(NamedTuple):
     def __str__(self) -> str:
         parts = ["+".join(map(str, self.lengths)), f"{self.heads}x{self.head_size}"]
         parts += [] if self.num_keys is None else ["keys" + "+".join(map(str, self.num_keys))]
+        parts += [] if self.window is None else [f"window{self.window}"]
         return "-".join(parts + ([] if self.scale is None else [f"scale{self.scale}"]))
+
+    def near(self, rows: int, keys: int) -> Tensor:
+        """(rows, keys) bool: which keys the queries of a sequence see."""
+        distance = torch.arange(rows)[:, None] - torch.arange(keys)
+        return distance.abs() <= (rows + keys if self.window is None else self.window)
 
 
 # Every edge of the blocks (16, 32, 64) and of the tiles (128) once, few programs: the interpreter takes a millisecond a
@@ -68,6 +76,11 @@ CASES = [
     Case((33, 2), 1, 96, scale=0.02),
     Case((34, 31), 1, 128, num_keys=(33, 31)),
     Case((17, 1), 3, 1),
+    # Queries that see a part of a block, that see none at all, and blocks that nobody sees.
+    Case((70, 0, 33), 2, 16, window=9),
+    Case((200, 66, 5), 1, 32, num_keys=(150, 20, 0), window=31),
+    Case((129, 1), 1, 64, num_keys=(3, 1), window=0),
+    Case((35, 257), 1, 7, window=130, scale=0.31),
 ]
 
 EDGES = (1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 257)
@@ -84,6 +97,7 @@ LARGE_CASES = [
     *(Case((length,), 3, 44) for length in EDGES if length >= MIN_SAMPLE),
     Case((129, 0, 64, 257, 0, 3), 3, 64, num_keys=(1, 0, 0, 128, 0, 2)),
     Case((512, 384), 2, 64, num_keys=(511, 384)),
+    *(Case((512, 65, 384), 2, 64, num_keys=(511, 65, 200), window=window) for window in (1, 64, 127, 300, 10**12)),
 ]
 
 CPP = Place("cpp", "cpu", torch.float32)
@@ -114,7 +128,9 @@ def differentiate(function: Function, qkv: Tensor, grad_out: Tensor) -> tuple[Te
 def ours(case: Case, place: Place) -> Function:
     max_seqlen = max(case.lengths, default=0)
     cu_seqlens, tiles = case.cu_seqlens.to(place.device), case.tiles.to(place.device)
-    return lambda q, k, v: functional.attention(q, k, v, cu_seqlens, max_seqlen, tiles=tiles, scale=case.scale)
+    return lambda q, k, v: functional.attention(
+        q, k, v, cu_seqlens, max_seqlen, tiles=tiles, scale=case.scale, window=case.window
+    )
 
 
 def run(case: Case, place: Place, qkv: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,9 +138,14 @@ def run(case: Case, place: Place, qkv: Tensor, grad_out: Tensor) -> tuple[Tensor
         return differentiate(ours(case, place), qkv, grad_out)
 
 
-def torch_attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+def torch_attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None, near: Tensor | None = None) -> Tensor:
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, scale=scale)[0].transpose(0, 1)
+    if near is None:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)[0].transpose(0, 1)
+    near = near.to(q.device)
+    has_key = near.any(1, keepdim=True)
+    out = F.scaled_dot_product_attention(q, k, v, near | ~has_key, scale=scale)
+    return torch.where(has_key, out, 0)[0].transpose(0, 1)
 
 
 def torchs(case: Case) -> Function:
@@ -136,7 +157,8 @@ def torchs(case: Case) -> Function:
             rows, columns = slice(start, stop), slice(start, start + keys)
             out = torch.zeros_like(q[rows])
             if keys > 0:
-                out = torch_attend(q[rows], k[columns], v[columns], case.scale)
+                near = None if case.window is None else case.near(stop - start, keys)
+                out = torch_attend(q[rows], k[columns], v[columns], case.scale, near)
             outputs.append(out)
         return torch.cat(outputs)
 
@@ -146,7 +168,7 @@ def torchs(case: Case) -> Function:
 def oracle(case: Case) -> Function:
     scale = case.head_size**-0.5 if case.scale is None else case.scale
     num_keys = torch.tensor(case.keys)
-    return lambda q, k, v: reference.attention(q, k, v, case.cu_seqlens, scale, num_keys)
+    return lambda q, k, v: reference.attention(q, k, v, case.cu_seqlens, scale, num_keys, case.window)
 
 
 def check(case: Case, place: Place) -> None:
@@ -166,9 +188,9 @@ def check(case: Case, place: Place) -> None:
             assert_twice_torch(f"gradient of {name}", mine, theirs, truth, scale)
     for (start, stop), keys in zip(case.bounds, case.keys, strict=True):
         assert not grad[start + keys : stop, 1:].any()
-        if keys == 0:
-            assert not out[start:stop].any()
-            assert not grad[start:stop].any()
+        is_blind = ~case.near(stop - start, keys).any(1)
+        assert not out[start:stop][is_blind].any()
+        assert not grad[start:stop, 0][is_blind].any()
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -186,10 +208,11 @@ def cases(draw: st.DrawFn) -> Case:
     lengths = tuple(draw(st.lists(st.integers(0, 140), min_size=1, max_size=5)))
     num_keys = tuple(draw(st.integers(0, length)) for length in lengths)
     assume(any(num_keys))
-    return Case(lengths, draw(st.integers(1, 5)), draw(st.integers(1, ops.MAX_HEAD_SIZE)), num_keys)
+    window = draw(st.none() | st.integers(0, 150))
+    return Case(lengths, draw(st.integers(1, 5)), draw(st.integers(1, ops.MAX_HEAD_SIZE)), num_keys, window=window)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(cases())
 @example(Case((13, 0), 2, 57, (4, 0)))  # where gradients of scores are small differences of large numbers
 def test_any_batch_on_cpp(case: Case) -> None:
@@ -257,7 +280,7 @@ def test_no_row_sees_a_row_that_is_no_key(attention_place: Place, factor: float)
         assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize("case", [CASES[1], NEIGHBOURS], ids=str)
+@pytest.mark.parametrize("case", [CASES[1], NEIGHBOURS, CASES[10]], ids=str)
 def test_two_runs_are_equal_to_the_bit(attention_place: Place, case: Case) -> None:
     qkv, grad_out = attention_place.put(make_qkv(case)), attention_place.put(make_grad(case))
     first, second = (run(case, attention_place, qkv, grad_out) for _ in range(2))
@@ -265,7 +288,7 @@ def test_two_runs_are_equal_to_the_bit(attention_place: Place, case: Case) -> No
         assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize("case", [LARGE_CASES[2], LARGE_CASES[-2]], ids=str)
+@pytest.mark.parametrize("case", [LARGE_CASES[2], LARGE_CASES[-6], LARGE_CASES[-4]], ids=str)
 def test_cpp_is_equal_to_the_bit_for_any_number_of_threads(case: Case) -> None:
     qkv, grad_out = CPP.put(make_qkv(case)), CPP.put(make_grad(case))
     results = []
@@ -322,7 +345,7 @@ def test_no_tokens(attention_place: Place, lengths: tuple[int, ...]) -> None:
     assert grad.shape == (0, 3, 3, 16)
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[4]], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[4], CASES[11]], ids=str)
 def test_log_sum_exp(attention_place: Place, case: Case) -> None:
     if attention_place.path == "torch":
         pytest.skip("torch's path returns no log-sum-exp")
@@ -330,18 +353,46 @@ def test_log_sum_exp(attention_place: Place, case: Case) -> None:
     q, k, v = qkv.unbind(1)
     with attention_place.forced():
         tiles = case.tiles.to(attention_place.device)
-        lse = ops.launch_attention(q, k, v, tiles, max(case.lengths), case.head_size**-0.5)[1]
+        lse = ops.launch_attention(q, k, v, tiles, max(case.lengths), case.head_size**-0.5, window=case.window)[1]
     assert lse.dtype == torch.float32
     for (start, stop), keys in zip(case.bounds, case.keys, strict=True):
+        near = case.near(stop - start, keys).to(lse.device)
         scores = [
             torch.einsum("qhd,khd->hqk", q[start:stop].to(dtype), k[start : start + keys].to(dtype))
             for dtype in (torch.float32, torch.float64)
         ]
-        low, exact = (torch.logsumexp(x * case.head_size**-0.5, -1) for x in scores)
-        if keys == 0:
-            assert (lse[:, start:stop] == -math.inf).all()
-        else:
-            assert_twice_torch("log-sum-exp", lse[:, start:stop], low, exact.cpu())
+        low, exact = (torch.logsumexp(torch.where(near, x * case.head_size**-0.5, -math.inf), -1) for x in scores)
+        is_seeing = near.any(1)
+        assert (lse[:, start:stop][:, ~is_seeing] == -math.inf).all()
+        if is_seeing.any():
+            mine = lse[:, start:stop][:, is_seeing]
+            assert_twice_torch("log-sum-exp", mine, low[:, is_seeing], exact[:, is_seeing].cpu())
+
+
+def test_no_query_sees_beyond_its_window(attention_place: Place) -> None:
+    """Row 40's key is seen by rows 31 to 49 and by no other."""
+    case = CASES[10]
+    qkv, grad_out = attention_place.put(make_qkv(case)), attention_place.put(make_grad(case))
+    out, grad = run(case, attention_place, qkv, grad_out)
+    qkv[40, 1:] *= 100
+    disturbed_out, disturbed_grad = run(case, attention_place, qkv, grad_out)
+    changed = (disturbed_out != out).flatten(1).any(1).cpu()
+    expected = torch.zeros_like(changed)
+    expected[40 - 9 : 40 + 10] = True
+    assert torch.equal(changed, expected)
+    assert torch.equal(disturbed_grad[~expected, 0], grad[~expected, 0])
+
+
+@pytest.mark.parametrize(("window", "has_bias"), [(-1, False), (3, True)])
+def test_a_wrong_window_is_refused(attention_place: Place, window: int, has_bias: bool) -> None:
+    x = attention_place.put(torch.zeros(9, 2, 16))
+    bias = attention_place.put(torch.zeros(2, 17)) if has_bias else None
+    cu_seqlens = torch.tensor([0, 9], dtype=torch.int32, device=attention_place.device)
+    with (
+        attention_place.forced(),
+        pytest.raises(ValueError, match=rf"window is {window}; it must be at least 0, and None where there is a bias"),
+    ):
+        functional.attention(x, x, x, cu_seqlens, 9, bias=bias, window=window)
 
 
 # The interpreter computes rows that are no keys, of infinite probabilities, before it masks them.

@@ -245,7 +245,7 @@ def test_the_operators_are_registered_as_torch_wants_it(attention_place: Place, 
             ),
             torch.library.opcheck(
                 torch.ops.bert_fast.attention_backward.default,
-                (torch.ones_like(out), q.detach(), k.detach(), v.detach(), out, lse, *extras, bias, True),
+                (torch.ones_like(out), q.detach(), k.detach(), v.detach(), out, lse, *extras, bias, None, True),
             ),
         ]
     for result in results:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from layer_arrays import NAMES, PRODUCTS, layer_arrays, layer_flags
 from models import (
     MIXED,
     TEXTS,
@@ -46,7 +47,6 @@ from test_int8 import (
     LENGTHS,
     LINEARS,
     LONG,
-    NAMES,
     NONE,
     SABOTAGES,
     Sizes,
@@ -81,8 +81,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-
-PRODUCTS = [name for name in NAMES if "norm" not in name]
 
 
 def in_bfloat16(**config: Any) -> Any:
@@ -224,8 +222,8 @@ def run(
     products: str = "bfloat16",
 ) -> Tensor:
     encoder = _C.Encoder(sizes.hidden, sizes.heads, sizes.inner, activation, products)
-    arrays = [part.contiguous().numpy() for name in NAMES for part in weights[name]]
-    encoder.add_layer(arrays, EPS, EPS, flags, [], count)
+    arrays = layer_arrays(weights)
+    encoder.add_layer(arrays, EPS, EPS, layer_flags(flags), [], count)
     out = np.zeros((len(x), sizes.hidden), np.float32)
     encoder.run(x.numpy(), _C.tiles(sizes.cu_seqlens.numpy(), None, 128), 128, None, [out], count)
     return torch.from_numpy(out)
@@ -971,7 +969,7 @@ def test_bfloat16_flags(wanted: Literal["float32", "bfloat16", "int8"]) -> None:
     is_narrow = expected != "float32"
     stack = engine.stack(list(model.layers), wanted, frozenset([model.layers[1].key]))
     assert stack.products == expected
-    assert stack.are_narrow == [[is_narrow] * 6, [is_narrow, False, *[is_narrow] * 4]]
+    assert stack.are_narrow == [layer_flags([is_narrow] * 6), layer_flags([is_narrow, False, *[is_narrow] * 4])]
 
 
 # ---- verify ----------------------------------------------------------------------------------------------------------
@@ -1076,7 +1074,7 @@ def test_bfloat16_sabotage_in_16_bits(name: str, dtype: torch.dtype, monkeypatch
 
 TINY = Sizes((3, 1), 2, 6, 5)
 TINY_WEIGHTS = draw_weights(TINY)
-TINY_ARRAYS: list[Any] = [x.numpy() for name in NAMES for x in TINY_WEIGHTS[name]]  # which must outlive the encoders
+TINY_ARRAYS = layer_arrays(TINY_WEIGHTS)  # which must outlive the encoders
 
 
 @pytest.mark.parametrize("name", ["bf16", "float16", "", "BFLOAT16", *([] if HAS_BFLOAT16 else ["bfloat16"])])
@@ -1086,10 +1084,10 @@ def test_bfloat16_products_are_checked(name: str) -> None:
         _C.Encoder(6, 2, 5, "none", name)
 
 
-@pytest.mark.parametrize("at", range(6))
+@pytest.mark.parametrize("at", range(7))
 def test_bfloat16_flags_are_checked(at: int) -> None:
     encoder = _C.Encoder(6, 2, 5, "none", "float32")
-    flags = [other == at for other in range(6)]
+    flags = [other == at for other in range(7)]
     with pytest.raises(ValueError, match=r'are_narrow names a linear layer, but .* products are "float32"'):
         encoder.add_layer(TINY_ARRAYS, EPS, EPS, flags, [], 1)
 
@@ -1107,12 +1105,12 @@ def test_bfloat16_watched_arrays_are_checked(products: str) -> None:
         with pytest.raises(
             ValueError, match=f"watched holds an array of {size} bytes an element; dense ones of at most 4"
         ):
-            encoder.add_layer(TINY_ARRAYS, EPS, EPS, NONE, [np.zeros(4, np.float32), bad], 1)
+            encoder.add_layer(TINY_ARRAYS, EPS, EPS, layer_flags(NONE), [np.zeros(4, np.float32), bad], 1)
     # A layer that was refused is not there.
     x, out = np.ones((4, 6), np.float32), np.zeros((4, 6), np.float32)
     with pytest.raises(ValueError, match="the encoder has no layers"):
         encoder.run(x, _C.tiles(TINY.cu_seqlens.numpy(), None, 128), 128, None, [], 1)
-    encoder.add_layer(TINY_ARRAYS, EPS, EPS, NONE, [], 1)
+    encoder.add_layer(TINY_ARRAYS, EPS, EPS, layer_flags(NONE), [], 1)
     encoder.run(x, _C.tiles(TINY.cu_seqlens.numpy(), None, 128), 128, None, [out], 1)
     assert out.any()
 
@@ -1123,7 +1121,9 @@ def test_bfloat16_watched_arrays_are_seen(dtype: Any) -> None:
     for size in (1, 7, 8, 100):
         encoder = _C.Encoder(6, 2, 5, "none", "float32")
         first, second = np.ones(3, dtype), np.ones(size, dtype)
-        encoder.add_layer(TINY_ARRAYS, EPS, EPS, NONE, [first, np.zeros(0, dtype), second.reshape(1, -1)], 1)
+        encoder.add_layer(
+            TINY_ARRAYS, EPS, EPS, layer_flags(NONE), [first, np.zeros(0, dtype), second.reshape(1, -1)], 1
+        )
         assert encoder.is_current()
         for array, at in ((first, 2), (second, 0), *((second, at) for at in range(size) if size <= 8)):
             array[at] = 2

@@ -109,7 +109,10 @@ def formula(
         if bias is not None:
             distance = torch.arange(keys)[None] - torch.arange(stop - start)[:, None]
             scores = scores + bias[:, (distance + bias.shape[1] // 2).to(bias.device)]
-        probs = torch.softmax(scores, -1)
+        near = case.near(stop - start, keys).to(scores.device)
+        # A query without keys has zeros, whatever is computed for it.
+        scores = torch.where(near | ~near.any(1, keepdim=True), scores, float("-inf"))
+        probs = torch.softmax(scores, -1) * near.any(1, keepdim=True)
         if masks is not None:
             probs = torch.where(masks[index].to(probs.device), probs * twin.scale(rate), 0.0)
         outputs.append(torch.einsum("hqk,khd->qhd", probs, v[start : start + keys]))
@@ -119,7 +122,7 @@ def formula(
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, case: Case, **options: Any) -> Tensor:
     cu_seqlens, tiles = case.cu_seqlens.to(q.device), case.tiles.to(q.device)
     return functional.attention(
-        q, k, v, cu_seqlens, max(case.lengths), tiles=tiles, scale=case.scale, bias=bias, **options
+        q, k, v, cu_seqlens, max(case.lengths), tiles=tiles, scale=case.scale, bias=bias, window=case.window, **options
     )
 
 
@@ -198,6 +201,7 @@ ATTENTION_CASES = [
     (Case((5, 64), 2, 7, num_keys=(0, 41), scale=0.31), 0.5),
     (Case((35, 2), 1, 80), 0.9),
     (Case((129,), 1, 16, num_keys=(97,)), 0.5),
+    (Case((90, 40), 2, 16, num_keys=(90, 11), window=17), 0.3),
 ]
 
 

@@ -16,6 +16,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from layer_arrays import ARRAY_NAMES
 from models import (
     MIXED,
     WHOLE,
@@ -401,7 +402,6 @@ CHANGES: dict[str, Callable[[Any], object]] = {
 OUTSIDE = (
     "narrower",
     "narrower, in data",
-    "no bias",
     "transposed",
     "parametrised",
 )  # what the engine leaves to the general path
@@ -615,13 +615,12 @@ def part_of_report(model: Any) -> tuple[str, str]:
             lambda model: part("output.dense")(model).register_forward_hook(print),
             "encoder.layer.1.output.dense has hooks",
         ),
-        (without_bias, "layer 1: the bias of a Linear is not dense, in 32 or 16 bits and on the CPU"),
         (parametrised, "layer 1 has a ParametrizedLinear that is hooked or not torch's own"),
         (pruned, "the layers are of several shapes"),
         (lambda model: setattr(part("intermediate")(model), "intermediate_act_fn", nn.SiLU()), "neither GELU nor"),
         (lambda model: setattr(part("intermediate")(model), "intermediate_act_fn", nn.GELU("tanh")), "several kinds"),
     ],
-    ids=["training", "float64", "hook", "no bias", "parametrised", "narrower", "silu", "two activations"],
+    ids=["training", "float64", "hook", "parametrised", "narrower", "silu", "two activations"],
 )
 def test_engine_report(swapped: Any, change: Callable[[Any], object], reason: str) -> None:
     expected = ("cpp", "without gradients all in one call, products in float32 on packed weights")
@@ -723,16 +722,17 @@ def test_engine_bad_inputs_stay_in_their_text(swapped: Any, bad: float, count: i
 # ---- what the C++ module refuses -------------------------------------------------------------------------------------
 
 HIDDEN, HEADS, INNER = 6, 2, 5
-FLAGS = [False] * 6
-SIZES = [(6, 6), (6,)] * 4 + [(6,), (6,), (5, 6), (5,), (6, 5), (6,), (6,), (6,)]
-ARRAY_NAMES = ["query", "key", "value", "attention_output", "attention_norm", "intermediate", "output", "output_norm"]
+FLAGS = [False] * 7
+GATED_NAMES = [*ARRAY_NAMES[:5], "gate", *ARRAY_NAMES[5:]]
+SIZES = [(6, 6), (6,)] * 4 + [(5, 6), (5,)] * 2 + [(6, 5), (6,)] + [(6,)] * 4
 
 
-def arrays() -> list[Any]:
-    return [np.full(size, 0.5, np.float32) for size in SIZES]
+def arrays(has_gate: bool = False) -> list[Any]:
+    missing = () if has_gate else (10, 11)
+    return [None if at in missing else np.full(size, 0.5, np.float32) for at, size in enumerate(SIZES)]
 
 
-ARRAYS = arrays()  # which must outlive the encoders
+ARRAYS, GATED_ARRAYS = arrays(), arrays(has_gate=True)  # which must outlive the encoders
 
 
 def make_encoder(layers: int = 1) -> _C.Encoder:
@@ -754,15 +754,15 @@ def test_engine_activation_is_checked() -> None:
         _C.Encoder(HIDDEN, HEADS, INNER, "erf", "float32")
 
 
-@pytest.mark.parametrize("count", [0, 15, 17])
+@pytest.mark.parametrize("count", [0, 16, 17, 19])
 def test_engine_number_of_arrays_is_checked(count: int) -> None:
-    with pytest.raises(ValueError, match=f"arrays has {count} entries; 16 are needed"):
+    with pytest.raises(ValueError, match=f"arrays has {count} entries; 18 are needed"):
         make_encoder().add_layer((ARRAYS * 2)[:count], 1e-5, 1e-5, FLAGS, [], 1)
 
 
-@pytest.mark.parametrize("index", range(16))
+@pytest.mark.parametrize("index", range(18))
 def test_engine_arrays_are_checked(index: int) -> None:
-    encoder, name = make_encoder(0), ARRAY_NAMES[index // 2]
+    encoder, name = _C.Encoder(HIDDEN, HEADS, INNER, "none", "float32", False, True), GATED_NAMES[index // 2]
     size = SIZES[index]
     for wrong, message in (
         (np.zeros((*size[:-1], size[-1] + 1), np.float32), rf"{name} has shape \(.*{size[-1] + 1},?\)"),
@@ -770,16 +770,47 @@ def test_engine_arrays_are_checked(index: int) -> None:
         (np.zeros(size, np.float64), f"{name} has dtype float64; float32 is needed"),
         (np.zeros((*size[:-1], 2 * size[-1]), np.float32)[..., ::2], f"{name} must be contiguous"),
     ):
-        given = arrays()
+        given = arrays(has_gate=True)
         given[index] = wrong
         with pytest.raises(ValueError, match=message):
             encoder.add_layer(given, 1e-5, 1e-5, FLAGS, [], 1)
+    if index >= 14 or index % 2 == 0:
+        given = arrays(has_gate=True)
+        given[index] = None
+        with pytest.raises(ValueError, match=f"{name} is None; an array is needed"):
+            encoder.add_layer(given, 1e-5, 1e-5, FLAGS, [], 1)
     # A layer that was refused is not there.
-    encoder.add_layer(ARRAYS, 1e-5, 1e-5, FLAGS, [], 1)
+    encoder.add_layer(GATED_ARRAYS, 1e-5, 1e-5, FLAGS, [], 1)
     encoder.run(**call())
 
 
-@pytest.mark.parametrize("count", [0, 5, 7])
+@pytest.mark.parametrize(("rotation", "head_size"), [(-2, 2), (0, 3)])
+def test_engine_rotation_is_checked(rotation: int, head_size: int) -> None:
+    encoder = _C.Encoder(HIDDEN, HIDDEN // head_size, INNER, "none", "float32")
+    with pytest.raises(ValueError, match=f"rotation is {rotation} and head_size {head_size}; -1 or, for an even"):
+        encoder.add_layer(ARRAYS, 1e-5, 1e-5, FLAGS, [], 1, rotation=rotation)
+
+
+def test_engine_rotations_are_checked() -> None:
+    encoder = _C.Encoder(HIDDEN, 3, INNER, "none", "float32")
+    encoder.add_layer(ARRAYS, 1e-5, 1e-5, FLAGS, [], 1, rotation=1)
+    right = np.zeros((4, 1), np.float32)
+    with pytest.raises(ValueError, match="rotations has 1 entries; the layers name 2"):
+        encoder.run(**call(), rotations=[(right, right)])
+    for wrong in (np.zeros((3, 1), np.float32), np.zeros((4, 2), np.float32), np.zeros(4, np.float32)):
+        with pytest.raises(ValueError, match="rotations has shape"):
+            encoder.run(**call(), rotations=[(right, right), (right, wrong)])
+    encoder.run(**call(), rotations=[(right, right), (right, right)])
+
+
+def test_engine_window_with_a_bias_is_refused() -> None:
+    encoder = make_encoder(0)
+    encoder.add_layer(ARRAYS, 1e-5, 1e-5, FLAGS, [], 1, window=3)
+    with pytest.raises(ValueError, match="bias is given, but layers have windows"):
+        encoder.run(**call(), bias=np.zeros((HEADS, 7), np.float32))
+
+
+@pytest.mark.parametrize("count", [0, 6, 8])
 def test_engine_number_of_flags_is_checked(count: int) -> None:
     with pytest.raises(TypeError):
         make_encoder().add_layer(ARRAYS, 1e-5, 1e-5, [False] * count, [], 1)

@@ -35,9 +35,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "DistilBert": {"dim": 51, "n_layers": 2, "n_heads": 3, "hidden_dim": 71},
     "Electra": {"embedding_size": 29, "pad_token_id": 0},
     "MPNet": {"pad_token_id": 1},
+    # Windows that end within a text, in layers between those that see all; heads of an even size.
+    "ModernBert": {
+        "hidden_size": 54,
+        "num_hidden_layers": 4,
+        "local_attention": 6,
+        "pad_token_id": 0,
+        **dict.fromkeys(("bos_token_id", "cls_token_id", "eos_token_id", "sep_token_id"), 2),
+    },
 }
 
-WITHOUT_TYPES = ("DistilBert", "MPNet")
+WITHOUT_TYPES = ("DistilBert", "MPNet", "ModernBert")
+
+# Where a text's tokens must be side by side.
+WITH_DISTANCES = ("MPNet", "ModernBert")
 
 # Relative positions are those of packed rows where a text has no holes and, for the pooler's sake, begins in front.
 RIGHT = """
@@ -52,7 +63,11 @@ RIGHT = """
 """
 
 # Where the first layer's attention is, if not where BERT's is.
-ATTENTION = {"DistilBert": "transformer.layer.0.attention", "MPNet": "encoder.layer.0.attention.attn"}
+ATTENTION = {
+    "DistilBert": "transformer.layer.0.attention",
+    "MPNet": "encoder.layer.0.attention.attn",
+    "ModernBert": "layers.0.attn",
+}
 
 HEADS = (
     "ForMaskedLM",
@@ -90,6 +105,11 @@ def build(name: str, **config: Any) -> Any:
     return model.eval()
 
 
+def width_of(model: Any) -> int:
+    width: int = model.config.hidden_size
+    return width
+
+
 def pair(name: str, **config: Any) -> tuple[Any, Any]:
     """A model and its swapped copy."""
     model = build(name, **config)
@@ -97,7 +117,7 @@ def pair(name: str, **config: Any) -> tuple[Any, Any]:
 
 
 def rows_for(prefix: str) -> str:
-    return RIGHT if prefix == "MPNet" else MIXED
+    return RIGHT if prefix in WITH_DISTANCES else MIXED
 
 
 def batch_for(name: str, rows: str | None = None) -> dict[str, Tensor]:
@@ -110,7 +130,7 @@ def batch_for(name: str, rows: str | None = None) -> dict[str, Tensor]:
 
 
 def labels_for(name: str, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    if name.startswith("MPNet") and head_of(name) in ("ForMaskedLM", "ForTokenClassification"):
+    if name.startswith(WITH_DISTANCES) and head_of(name) in ("ForMaskedLM", "ForTokenClassification"):
         labels = LABELS[f"Bert{head_of(name)}"]["labels"]
         return {"labels": labels.masked_fill(batch["attention_mask"] == 0, -100)}
     if name == "ElectraForPreTraining":
@@ -157,7 +177,7 @@ def test_gradients(prefix: str) -> None:
     model, swapped = pair(f"{prefix}Model")
     batch = batch_for(f"{prefix}Model")
     mask = batch["attention_mask"] != 0
-    weights = torch.randn(8, 13, 51, generator=torch.Generator().manual_seed(3))[mask]
+    weights = torch.randn(8, 13, width_of(model), generator=torch.Generator().manual_seed(3))[mask]
     found = gradients(swapped, (swapped(**batch)[0][mask] * weights).sum())
     assert_same_gradients(found, gradients(model, (model(**batch)[0][mask] * weights).sum()))
 
@@ -207,7 +227,7 @@ def test_sparse_calls(prefix: str, is_last: bool) -> None:
     ids = inputs(mask_of(WHOLE))["input_ids"]
     everywhere = torch.ones(ids.shape, dtype=torch.bool)
     generator = torch.Generator().manual_seed(4)
-    width = model.config.embedding_size if prefix == "Electra" else 51
+    width = model.config.embedding_size if prefix == "Electra" else width_of(model)
     for batch in (
         {"input_ids": ids},
         {"input_ids": ids, "position_ids": torch.randint(37, ids.shape, generator=generator)},

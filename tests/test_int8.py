@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import pytest
 import torch
+from layer_arrays import NAMES, layer_arrays, layer_flags
 from models import (
     MIXED,
     TEXTS,
@@ -76,7 +77,6 @@ def last_state(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 # ---- one layer -------------------------------------------------------------------------------------------------------
 
-NAMES = ("query", "key", "value", "attention_output", "attention_norm", "intermediate", "output", "output_norm")
 EPS = 1e-5
 
 
@@ -126,8 +126,8 @@ def run(
     sizes: Sizes, weights: Weights, x: Tensor, flags: list[bool], activation: str = "none", count: int = 1
 ) -> Tensor:
     encoder = _C.Encoder(sizes.hidden, sizes.heads, sizes.inner, activation, "int8")
-    arrays = [part.contiguous().numpy() for name in NAMES for part in weights[name]]
-    encoder.add_layer(arrays, EPS, EPS, flags, [], count)
+    arrays = layer_arrays(weights)
+    encoder.add_layer(arrays, EPS, EPS, layer_flags(flags), [], count)
     out = np.zeros((len(x), sizes.hidden), np.float32)
     encoder.run(x.numpy(), _C.tiles(sizes.cu_seqlens.numpy(), None, 128), 128, None, [out], count)
     return torch.from_numpy(out)
@@ -423,8 +423,8 @@ def test_int8_flags() -> None:
     names = ["encoder.layer.0.attention.self.key", "encoder.layer.1"]
     model = bert_fast.swap(build(), int8=True, int8_exact=names)
     stack = model.bert_fast_family.stack(model)
-    assert stack.are_narrow == [[True, False, True, True, True, True], [False] * 6]
-    assert bert_fast.swap(model).bert_fast_family.stack(model).are_narrow == [[False] * 6] * 2
+    assert stack.are_narrow == [[True, False, True, True, True, False, True], [False] * 7]
+    assert bert_fast.swap(model).bert_fast_family.stack(model).are_narrow == [[False] * 7] * 2
 
 
 @pytest.mark.parametrize(

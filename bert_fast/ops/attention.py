@@ -38,6 +38,7 @@ def launch_attention(
     stream: int = 0,
     dropout_p: float = 0.0,
     bias: Tensor | None = None,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention within packed sequences, without autograd.
 
@@ -48,6 +49,7 @@ def launch_attention(
         scale: factor of the scores.
         seed, stream, dropout_p: dropout of the probabilities; see functional.draw_seed.
         bias: (heads, 2 * reach + 1), added to the score of rows i and j at column j - i + reach.
+        window: how many rows from a query its farthest key may be; None: all keys are seen. Not with a bias.
 
     Returns:
         The result (tokens, heads, head_size) and the natural log-sum-exp (heads, tokens), float32.
@@ -57,13 +59,13 @@ def launch_attention(
         from ..kernels import attention
 
         with device_of(q):
-            extras = attention.Extras(seed, stream, dropout_p, None if bias is None else bias.contiguous())
+            extras = attention.Extras(seed, stream, dropout_p, None if bias is None else bias.contiguous(), window)
             return attention.attention(q, k, v, tiles, max_seqlen, scale, extras)
     out = torch.empty(q.shape)
     lse = torch.empty(q.shape[1], q.shape[0])
     _C.attention(
         array(q), array(k), array(v), array(tiles), TILE_SIZE, scale, *_dropout(seed, stream, dropout_p),
-        _bias_array(bias), array(out), array(lse), threads(),
+        _bias_array(bias), _window(window), array(out), array(lse), threads(),
     )  # fmt: skip
     return out, lse
 
@@ -82,6 +84,7 @@ def launch_attention_backward(
     stream: int = 0,
     dropout_p: float = 0.0,
     bias: Tensor | None = None,
+    window: int | None = None,
     wants_grad_bias: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k and v, each (tokens, heads, head_size), contiguous, and of the bias, float32, if wanted."""
@@ -90,7 +93,7 @@ def launch_attention_backward(
         from ..kernels import attention
 
         with device_of(q):
-            extras = attention.Extras(seed, stream, dropout_p, None if bias is None else bias.contiguous())
+            extras = attention.Extras(seed, stream, dropout_p, None if bias is None else bias.contiguous(), window)
             return attention.attention_backward(
                 grad_out, q, k, v, out, lse, tiles, max_seqlen, scale, extras, wants_grad_bias=wants_grad_bias
             )
@@ -98,8 +101,8 @@ def launch_attention_backward(
     grad_bias = torch.empty(bias.shape) if wants_grad_bias and bias is not None else None
     _C.attention_backward(
         array(grad_out), array(q), array(k), array(v), array(out), array(tiles), TILE_SIZE, scale,
-        *_dropout(seed, stream, dropout_p), _bias_array(bias), array(grad_q), array(grad_k), array(grad_v),
-        None if grad_bias is None else array(grad_bias), threads(),
+        *_dropout(seed, stream, dropout_p), _bias_array(bias), _window(window), array(grad_q), array(grad_k),
+        array(grad_v), None if grad_bias is None else array(grad_bias), threads(),
     )  # fmt: skip
     return grad_q, grad_k, grad_v, grad_bias
 
@@ -110,6 +113,10 @@ def _dropout(seed: Tensor | None, stream: int, dropout_p: float) -> tuple[int, i
 
 def _bias_array(bias: Tensor | None) -> Any:
     return None if bias is None else array(bias.float().contiguous())
+
+
+def _window(window: int | None) -> int:
+    return -1 if window is None else window
 
 
 def _attention_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -131,13 +138,14 @@ def _backward_shapes(
     stream: int = 0,  # noqa: ARG001
     dropout_p: float = 0.0,  # noqa: ARG001
     bias: Tensor | None = None,
+    window: int | None = None,  # noqa: ARG001
     wants_grad_bias: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_bias = bias.new_empty(bias.shape, dtype=torch.float32) if wants_grad_bias and bias is not None else None
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), or_empty(grad_bias, q)
 
 
-_EXTRAS = "Tensor? seed=None, int stream=0, float dropout_p=0.0, Tensor? bias=None"
+_EXTRAS = "Tensor? seed=None, int stream=0, float dropout_p=0.0, Tensor? bias=None, int? window=None"
 
 define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor tiles, SymInt max_seqlen, float scale, "
@@ -154,20 +162,20 @@ define(
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
-    q, k, v, tiles, ctx.max_seqlen, ctx.scale, seed, ctx.stream, ctx.dropout_p, bias = inputs
+    q, k, v, tiles, ctx.max_seqlen, ctx.scale, seed, ctx.stream, ctx.dropout_p, bias, ctx.window = inputs
     out, lse = output
     ctx.save_for_backward(q, k, v, out, lse, tiles, seed, bias)
 
 
 def _grad(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Any, ...]:
     q, k, v, out, lse, tiles, seed, bias = ctx.saved_tensors
-    wants_grad_bias = any(ctx.needs_input_grad[9:])
+    wants_grad_bias = any(ctx.needs_input_grad[9:10])
     grad_q, grad_k, grad_v, grad_bias = torch.ops.bert_fast.attention_backward(
         grad_out, q, k, v, out, lse, tiles, ctx.max_seqlen, ctx.scale, seed, ctx.stream, ctx.dropout_p, bias,
-        wants_grad_bias,
+        ctx.window, wants_grad_bias,
     )  # fmt: skip
     grad_bias = grad_bias.to(bias.dtype) if wants_grad_bias else None
-    return grad_q, grad_k, grad_v, None, None, None, None, None, None, grad_bias
+    return grad_q, grad_k, grad_v, None, None, None, None, None, None, grad_bias, None
 
 
 differentiate("attention", _save, _grad)

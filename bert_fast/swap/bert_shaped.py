@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -43,7 +43,7 @@ class Embeddings(NamedTuple):
     """See nn.EmbeddingParts."""
 
     word: nn.Module
-    position: nn.Module
+    position: nn.Module | None
     token_type: nn.Module | None
     norm: nn.Module
     dropout: nn.Module
@@ -70,6 +70,32 @@ class RelativeBias(NamedTuple):
         return values.T
 
 
+class Rotary(NamedTuple):
+    """Rotary positions.
+
+    Attributes:
+        module: gives cosines and sines (1, positions, head_size) for activations, positions and a kind of layer.
+        kinds: of layers; a layer's `rotation` is its number here.
+        used: those that the model has.
+    """
+
+    module: nn.Module
+    kinds: tuple[str, ...]
+    used: tuple[str, ...]
+
+    def values(self, hidden: Tensor, batch: PackedBatch, has_positions: bool) -> fast.Rotations:
+        """Those of a batch; unless it has positions of its own they are columns, of which there are few."""
+        columns = batch.positions if has_positions else torch.arange(batch.shape[1], device=hidden.device)
+        tables = {}
+        for kind in self.used:
+            cosines, sines = self.module(hidden[None], columns[None], kind)
+            # The two halves of the last dimension are the same.
+            half = (x[0, :, : x.shape[-1] // 2] for x in (cosines, sines))
+            tables[kind] = tuple(x if has_positions else x.index_select(0, batch.positions) for x in half)
+        unused: Any = next(iter(tables.values()), None)
+        return [tables.get(kind, unused) for kind in self.kinds]
+
+
 class Plan(NamedTuple):
     """The parts of an encoder, none of which anybody listens to.
 
@@ -77,6 +103,8 @@ class Plan(NamedTuple):
         projection: between the embeddings and the first layer, if there is one.
         stack: the layers as the CPU engine sees them.
         relative_bias: of the scores of every layer, if there is one.
+        rotary: positions of the layers, if they are rotary.
+        final_norm: after the last layer, if there is one.
     """
 
     embeddings: Embeddings
@@ -84,6 +112,21 @@ class Plan(NamedTuple):
     layers: list[Layer]
     stack: engine.Stack
     relative_bias: RelativeBias | None = None
+    rotary: Rotary | None = None
+    final_norm: nn.Module | None = None
+
+    def extras(self, hidden: Tensor, batch: PackedBatch, has_positions: bool) -> dict[str, Any]:
+        """What the layers take beside the embeddings `hidden` (tokens, hidden_size)."""
+        extras: dict[str, Any] = {}
+        if self.relative_bias is not None:
+            extras["bias"] = self.relative_bias.values(batch.max_seqlen)
+        if self.rotary is not None:
+            extras["rotations"] = self.rotary.values(hidden, batch, has_positions)
+        return extras
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """What follows on the last layer, row by row."""
+        return hidden if self.final_norm is None else fast.normalise(self.final_norm, hidden)
 
 
 _plans: Kept[Plan] = Kept()
@@ -120,6 +163,8 @@ def _argument_refusal(model: Any, call: Call) -> str | None:
         if value is not None and name not in SERVED:
             return f"{name} is given"
     mask = call.get("attention_mask")
+    if mask is not None and not isinstance(mask, Tensor):
+        return f"attention_mask is a {type(mask).__name__}"
     if mask is not None and mask.dim() != 2:
         return f"attention_mask has {mask.dim()} dimensions"
     if (call.get("input_ids") is None) == (call.get("inputs_embeds") is None):
@@ -127,18 +172,51 @@ def _argument_refusal(model: Any, call: Call) -> str | None:
     return None
 
 
-def _mode_refusal(model: Any, layers: str) -> str | None:
+def _mode_refusal(model: Any, checkpointed: Iterable[Any]) -> str | None:
     """
     Args:
         model: the encoder.
-        layers: the attribute that holds the module around its layers.
+        checkpointed: what may be told to checkpoint its activations.
     """
     if (reason := tracing_refusal()) is not None:
         return reason
-    around = getattr(model, layers)
-    if model.training and any(getattr(x, "gradient_checkpointing", False) for x in (around, *around.layer)):
+    if model.training and any(getattr(x, "gradient_checkpointing", False) for x in checkpointed):
         return "gradient checkpointing is on"
     return None
+
+
+def _has_holes(rows: Tensor) -> Tensor:
+    """(batch,) bool of (batch, length) bool: whether there is False between two that are True."""
+    starts = rows[:, 1:] & ~rows[:, :-1]
+    return starts.sum(1) + rows[:, :1].sum(1) > 1
+
+
+def spread_refusal(call: Call, *, reads_first: bool, allows_hidden: bool) -> str | None:
+    """Why packed rows are not as far apart as their columns, where attention depends on distances; None: they are.
+
+    Args:
+        call: the encoder's.
+        reads_first: whether each text's first row is read, whatever the mask says.
+        allows_hidden: whether rows may follow the last key of a text.
+    """
+    mask = call.get("attention_mask")
+    if mask is None:
+        return None
+    if torch.compiler.is_compiling():
+        return "relative positions need a look at the mask, which cannot be had while the call is traced"
+    keys = mask.detach() != 0
+    read = kept_rows.get()
+    rows = keys
+    if isinstance(read, Tensor) and read.shape == keys.shape:
+        rows = keys | read.to(keys.device)
+    if read is FIRST_ROWS or reads_first:
+        rows = rows.clone()
+        rows[:, :1] = True
+    begins_elsewhere = keys.any(1) & (rows.long().argmax(1) != keys.long().argmax(1))
+    is_spread = begins_elsewhere | _has_holes(rows) | _has_holes(keys)
+    if not allows_hidden:
+        is_spread = is_spread | (keys.any(1) & (rows != keys).any(1))
+    return "a text's tokens are not side by side, as relative positions need them" if bool(is_spread.any()) else None
 
 
 # ---- the fast forward ------------------------------------------------------------------------------------------------
@@ -160,30 +238,33 @@ def _encode(
     batch: PackedBatch,
     embeds: Tensor | None = None,
     kept: list[Tensor] | None = None,
+    has_positions: bool = False,
 ) -> Tensor:
     """(tokens, hidden_size); `kept` receives the embeddings and every layer's output."""
     hidden = _embed(parts, batch, embeds)
-    bias = None if parts.relative_bias is None else parts.relative_bias.values(batch.max_seqlen)
+    extras = parts.extras(hidden, batch, has_positions)
     outputs = None
     if not torch.compiler.is_compiling():
-        outputs = engine.encode(model, parts.stack, hidden, batch, bias=bias, needs_all=kept is not None)
+        outputs = engine.encode(model, parts.stack, hidden, batch, **extras, needs_all=kept is not None)
     if outputs is not None:
         if kept is not None:
             kept += [hidden, *outputs]
-        return outputs[-1]
+        return parts.finish(outputs[-1])
     for layer in parts.layers:
         if kept is not None:
             kept.append(hidden)
-        hidden = fast.encoder_layer(layer, hidden, batch, bias=bias)
+        hidden = fast.encoder_layer(layer, hidden, batch, **extras)
     if kept is not None:
         kept.append(hidden)
-    return hidden
+    return parts.finish(hidden)
 
 
 def _modules(parts: Plan) -> Iterator[Any]:
     """The modules that the encoder calls or fuses, and what else its layers are made of."""
     yield parts.projection
+    yield parts.final_norm
     yield None if parts.relative_bias is None else parts.relative_bias.table
+    yield None if parts.rotary is None else parts.rotary.module
     for part in (parts.embeddings, *parts.layers):
         yield from part
 
@@ -206,17 +287,17 @@ def _structure(parts: Plan) -> Iterator[Any]:
             yield getattr(item, "eps", None)
 
 
-def _runner(model: Any, call: Call) -> GraphRunner | None:
+def _runner(model: Any, call: Call, word: Any) -> GraphRunner | None:
     """What replays the call, if that is wanted and its work is the same for every batch of a bucket."""
     runner: GraphRunner | None = model.__dict__.get("bert_fast_graphs")
     if runner is None or model.training or call.get("input_ids") is None or torch.compiler.is_compiling():
         return None
     if torch.is_grad_enabled() or _setting(model, call, "output_hidden_states"):
         return None
-    word = model.embeddings.word_embeddings.weight
-    if ops.choose("layer_norm", word.device.type, word.dtype, word.shape[1]).path != "triton":
+    weight = word.weight
+    if ops.choose("layer_norm", weight.device.type, weight.dtype, weight.shape[1]).path != "triton":
         return None
-    return None if word.device.type == "cuda" and torch.cuda.is_current_stream_capturing() else runner
+    return None if weight.device.type == "cuda" and torch.cuda.is_current_stream_capturing() else runner
 
 
 def with_gap(output: Any) -> tuple[Any, ...]:
@@ -233,11 +314,11 @@ def _source(call: Call) -> Any:
     return call.get("inputs_embeds") if call.get("input_ids") is None else call.get("input_ids")
 
 
-def first_rows(call: Call) -> Read:  # noqa: ARG001
+def first_rows(model: Any, call: Call) -> Read:  # noqa: ARG001
     return FIRST_ROWS
 
 
-def labelled(call: Call) -> Tensor | None:
+def labelled(model: Any, call: Call) -> Tensor | None:  # noqa: ARG001
     """Heads on tokens flatten labels, so any shape with one for each token will do."""
     source, labels = _source(call), call.get("labels")
     if source is None or labels is None or labels.numel() != math.prod(source.shape[:2]):
@@ -246,20 +327,20 @@ def labelled(call: Call) -> Tensor | None:
     return is_labelled.view(source.shape[:2])
 
 
-def everything(call: Call) -> Tensor | None:
+def _everything(call: Call) -> Tensor | None:
     source = _source(call)
     return None if source is None else torch.ones(source.shape[:2], dtype=torch.bool)
 
 
-def all_if_labelled(call: Call) -> Tensor | None:
+def all_if_labelled(model: Any, call: Call) -> Tensor | None:  # noqa: ARG001
     """A causal loss reads a token for the next one's label."""
-    return None if call.get("labels") is None else everything(call)
+    return None if call.get("labels") is None else _everything(call)
 
 
-def all_if_answered(call: Call) -> Tensor | None:
+def all_if_answered(model: Any, call: Call) -> Tensor | None:  # noqa: ARG001
     """The loss of question answering is a softmax over all places, padding among them."""
     has_answers = call.get("start_positions") is not None and call.get("end_positions") is not None
-    return everything(call) if has_answers else None
+    return _everything(call) if has_answers else None
 
 
 # ---- the family ------------------------------------------------------------------------------------------------------
@@ -267,7 +348,9 @@ def all_if_answered(call: Call) -> Tensor | None:
 # Methods of the encoder that the fast forward stands in for.
 STEPS = ("__call__", "forward", "_create_attention_masks", "get_extended_attention_mask", "get_head_mask")
 
-HEADS: Mapping[str, Callable[[Call], Read]] = {
+HeadRows = Callable[[Any, Call], Read]
+
+HEADS: Mapping[str, HeadRows] = {
     "ForSequenceClassification": first_rows,
     "ForMultipleChoice": first_rows,
     "ForNextSentencePrediction": first_rows,
@@ -296,7 +379,7 @@ class BertShaped:
     name: str
     module: str
     prefix: str
-    heads: Mapping[str, Callable[[Call], Read]] = field(default_factory=lambda: HEADS)
+    heads: Mapping[str, HeadRows] = field(default_factory=lambda: HEADS)
     layers: str = "encoder"
     bert_names: Mapping[str, str] = field(default_factory=dict)
 
@@ -323,7 +406,13 @@ class BertShaped:
 
     def longest(self, model: Any) -> int | None:
         """Columns for which the position table surely lasts; None: nobody knows."""
-        return getattr(model.embeddings.position_embeddings, "num_embeddings", None)
+        table = getattr(model.embeddings, "position_embeddings", None)
+        return getattr(table, "num_embeddings", None)
+
+    def checkpointed(self, model: Any) -> Iterable[Any]:
+        """What may be told to checkpoint its activations."""
+        around = getattr(model, self.layers)
+        return (around, *around.layer)
 
     def relative_bias(self, model: Any) -> RelativeBias | None:  # noqa: ARG002
         """What is added to attention's scores."""
@@ -431,7 +520,7 @@ class BertShaped:
     def plan(self, model: Any, call: Call) -> Plan | str:
         """The model's parts, or why the call takes the original path."""
         reason = (
-            _mode_refusal(model, self.layers) or _argument_refusal(model, call) or _config_refusal(model)
+            _mode_refusal(model, self.checkpointed(model)) or _argument_refusal(model, call) or _config_refusal(model)
         ) or self.refusal(model, call)
         if reason is not None:
             return reason
@@ -508,12 +597,13 @@ class BertShaped:
 
     def _run(self, model: Any, call: Call, parts: Plan, wants_hidden_states: bool) -> Any:
         kept: list[Tensor] = []
-        runner = _runner(model, call)
+        runner = _runner(model, call, parts.embeddings.word)
         if runner is not None:
             batch, hidden = self._replayed(model, call, parts, runner)
         else:
             batch, embeds = self.pack(model, call)
-            hidden = _encode(model, parts, batch, embeds, kept if wants_hidden_states else None)
+            has_positions = call.get("position_ids") is not None
+            hidden = _encode(model, parts, batch, embeds, kept if wants_hidden_states else None, has_positions)
         sequence = batch.pad(hidden)
         pooler = _pooler(model)
         hidden_states = None
@@ -529,7 +619,11 @@ class BertShaped:
             batch = batch.to(device)
             return batch, _encode(model, parts, batch)
         hidden = runner.run(
-            functools.partial(_encode, model, parts), batch, device, _parameters(parts), _structure(parts)
+            functools.partial(_encode, model, parts, has_positions=True),
+            batch,
+            device,
+            _parameters(parts),
+            _structure(parts),
         )
         if batch.indices is None:
             return batch, hidden.clone()  # the next replay writes there
@@ -548,15 +642,16 @@ class BertShaped:
     def _run_for_first_rows(self, model: Any, call: Call, parts: Plan) -> Any:
         """The output, whose last hidden state (batch, 1, hidden_size) was computed for the first rows alone; None: the
         engine does not serve."""
-        if engine.why_not(parts.stack, model.embeddings.word_embeddings.weight) is not None:
+        word: Any = parts.embeddings.word
+        if engine.why_not(parts.stack, word.weight) is not None:
             return None
         batch, embeds = self.pack(model, call)
         hidden = _embed(parts, batch, embeds)
-        bias = None if parts.relative_bias is None else parts.relative_bias.values(batch.max_seqlen)
-        outputs = engine.encode(model, parts.stack, hidden, batch, bias=bias, rows=batch.first_rows)
+        extras = parts.extras(hidden, batch, call.get("position_ids") is not None)
+        outputs = engine.encode(model, parts.stack, hidden, batch, **extras, rows=batch.first_rows)
         if outputs is None:
             return None
-        first = outputs[-1][:, None]
+        first = parts.finish(outputs[-1])[:, None]
         pooler = _pooler(model)
         return self.output(first, None if pooler is None else pooler(first), None)
 

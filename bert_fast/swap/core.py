@@ -25,6 +25,7 @@ from .bert import FAMILY as BERT
 from .distilbert import DISTILBERT
 from .electra import ELECTRA
 from .family import Call, Family, Rounding, kept_rows
+from .modernbert import MODERNBERT
 from .mpnet import MPNET
 from .roberta import CAMEMBERT, ROBERTA, XLM_ROBERTA
 from .torch_encoder import TRANSFORMER_ENCODER, TRANSFORMER_ENCODER_LAYER
@@ -37,6 +38,7 @@ FAMILIES: tuple[Family, ...] = (
     DISTILBERT,
     ELECTRA,
     MPNET,
+    MODERNBERT,
     TRANSFORMER_ENCODER,
     TRANSFORMER_ENCODER_LAYER,
 )
@@ -111,11 +113,11 @@ def _encoder_class(base: Any, family: Family) -> type[nn.Module]:
 
 
 @functools.cache
-def _head_class(base: Any, family: Family, rows_of: Callable[[Call], Any]) -> type[nn.Module]:
+def _head_class(base: Any, family: Family, rows_of: Callable[[Any, Call], Any]) -> type[nn.Module]:
     names = argument_names(base.forward)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return kept_rows.call(rows_of(bind(names, args, kwargs)), base.forward, self, *args, **kwargs)
+        return kept_rows.call(rows_of(self, bind(names, args, kwargs)), base.forward, self, *args, **kwargs)
 
     return _make_class(base, family, forward)
 

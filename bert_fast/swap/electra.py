@@ -19,7 +19,7 @@ class ElectraShaped(BertShaped):
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=sequence, hidden_states=hidden_states)
 
 
-def _first_tokens(call: Call) -> Tensor | None:
+def _first_tokens(model: Any, call: Call) -> Tensor | None:  # noqa: ARG001
     """Multiple choice, (batch, choices, length): most of the ways to summarise a choice read its first token."""
     ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
     if ids is not None:
@@ -37,5 +37,5 @@ ELECTRA = ElectraShaped(
     "ELECTRA",
     "transformers.models.electra.modeling_electra",
     "Electra",
-    {**HEADS, "ForPreTraining": lambda call: None, "ForMultipleChoice": _first_tokens},  # noqa: ARG005
+    {**HEADS, "ForPreTraining": lambda *_: None, "ForMultipleChoice": _first_tokens},
 ).family()

@@ -86,7 +86,7 @@ class Family:
         widths: operator -> size of the dimension that its kernel works along, for an encoder.
         oracle: the encoder's last hidden state (batch, length, hidden_size), in float64 on the CPU.
         view: the same of an output, and (batch, length) bool where tokens are, on the CPU; None: everywhere.
-        kept_rows: for heads that read other rows than all that the mask shows: class -> (call -> what they read).
+        kept_rows: for heads that read other rows than all that the mask shows: class -> (head, call -> what it reads).
     """
 
     name: str
@@ -99,4 +99,4 @@ class Family:
     widths: Callable[[Any], Mapping[str, int]]
     oracle: Callable[[Any, Call], Tensor]
     view: Callable[[Any, Call, Any], tuple[Tensor, Tensor | None]]
-    kept_rows: Mapping[str, Callable[[Call], Read]]
+    kept_rows: Mapping[str, Callable[[Any, Call], Read]]

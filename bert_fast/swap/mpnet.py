@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .bert_shaped import HEADS, RelativeBias, with_gap
+from .bert_shaped import HEADS, RelativeBias, spread_refusal, with_gap
 from .distilbert import HEAD_NAMES
-from .family import FIRST_ROWS, Call, kept_rows
+from .family import Call
 from .parts import Layer, activation_in, leaf
 from .roberta import RobertaShaped
 
@@ -65,24 +65,8 @@ class MPNetShaped(RobertaShaped):
         return RelativeBias(leaf(model.encoder, "relative_attention_bias"), longest or 0, _buckets)
 
     def refusal(self, model: Any, call: Call) -> str | None:
-        """Packed rows must be as far apart as their columns."""
-        mask = call.get("attention_mask")
-        if mask is None:
-            return None
-        if torch.compiler.is_compiling():
-            return "relative positions need a look at the mask, which cannot be had while the call is traced"
-        keys = mask.detach() != 0
-        read = kept_rows.get()
-        rows = keys
-        if isinstance(read, Tensor) and read.shape == keys.shape:
-            rows = keys | read.to(keys.device)
-        if read is FIRST_ROWS or getattr(model, "pooler", None) is not None:
-            rows = rows.clone()
-            rows[:, :1] = True
-        begins_elsewhere = keys.any(1) & (rows.long().argmax(1) != keys.long().argmax(1))
-        if bool((begins_elsewhere | _has_holes(rows) | _has_holes(keys)).any()):
-            return "a text's tokens are not side by side, as relative positions need them"
-        return None
+        has_pooler = getattr(model, "pooler", None) is not None
+        return spread_refusal(call, reads_first=has_pooler, allows_hidden=True)
 
     def as_tuple(self, output: Any) -> tuple[Any, ...]:
         return with_gap(output)
@@ -97,12 +81,6 @@ class MPNetShaped(RobertaShaped):
         with torch.no_grad():
             bias: Tensor = model.encoder.compute_position_bias(some)
         return bias[0].to("cpu", torch.float64)
-
-
-def _has_holes(rows: Tensor) -> Tensor:
-    """(batch,) bool of (batch, length) bool: whether there is False between two that are True."""
-    starts = rows[:, 1:] & ~rows[:, :-1]
-    return starts.sum(1) + rows[:, :1].sum(1) > 1
 
 
 MPNET = MPNetShaped(

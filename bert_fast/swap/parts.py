@@ -37,6 +37,9 @@ class Layer(NamedTuple):
     head_size: int
     inner_dropout: nn.Module = fast.NO_DROPOUT
     norm_first: bool = False
+    gate: nn.Module | None = None
+    window: int | None = None
+    rotation: int | None = None
 
 
 class Refused(Exception):  # noqa: N818

@@ -104,8 +104,8 @@ inline void transpose_padded(const float* from, int64_t from_row, int64_t rows, 
     }
 }
 
-// Scores become exponentials of their distance from the largest; those of the padding count for nothing. `largest` is that
-// of the scaled scores.
+// Scores become exponentials of their distance from the largest; those of what is no key count for nothing. There is a
+// key. `largest` is that of the scaled scores.
 struct SoftmaxRow {
     float sum;
     float largest;
@@ -113,8 +113,9 @@ struct SoftmaxRow {
     float log_sum_exp() const { return largest + std::log(sum); }
 };
 
-inline SoftmaxRow softmax_row(float* scores, int64_t keys, int64_t padded, float scale) {
-    std::fill(scores + keys, scores + padded, -std::numeric_limits<float>::infinity());
+inline SoftmaxRow softmax_row(float* scores, KeyRange keys, int64_t padded, float scale) {
+    std::fill(scores, scores + keys.first, -std::numeric_limits<float>::infinity());
+    std::fill(scores + keys.last, scores + padded, -std::numeric_limits<float>::infinity());
     Vec largest_of_lane;
     load(scores, largest_of_lane);
     for (int64_t j = kLanes; j < padded; j += kLanes) {
@@ -141,13 +142,13 @@ inline SoftmaxRow softmax_row(float* scores, int64_t keys, int64_t padded, float
 }
 
 // The same for one query's scores, which are to have a bias.
-inline SoftmaxRow softmax_row(const AttentionShape& shape, int64_t head, int64_t query, float* scores, int64_t keys,
+inline SoftmaxRow softmax_row(const AttentionShape& shape, int64_t head, int64_t query, float* scores, KeyRange keys,
                               int64_t padded) {
     if (!shape.bias.is_on()) return softmax_row(scores, keys, padded, shape.scale);
     const float* bias = shape.bias.line(head, query);
     const float scale = shape.scale;
 #pragma omp simd
-    for (int64_t j = 0; j < keys; ++j) scores[j] = scores[j] * scale + bias[j];
+    for (int64_t j = keys.first; j < keys.last; ++j) scores[j] = scores[j] * scale + bias[j];
     return softmax_row(scores, keys, padded, 1.0f);
 }
 
@@ -180,21 +181,48 @@ struct Queries {
     }
 };
 
+// Of a row of weights, all but those of its keys.
+inline void clear_others(float* weights, KeyRange keys, int64_t columns) {
+    std::fill(weights, weights + keys.first, 0.0f);
+    std::fill(weights + keys.last, weights + columns, 0.0f);
+}
+
+// The keys that queries from one row to another see, by their place among `columns` of a block of scores whose first
+// column, a multiple of kLanes, is that of key `first`.
+struct VisibleColumns {
+    int64_t first;
+    int64_t columns;
+
+    VisibleColumns(const AttentionShape& shape, int64_t first_query, int64_t last_query, int64_t origin, int64_t keys) {
+        const KeyRange range = shape.visible(first_query, last_query, keys);
+        first = range.is_empty() ? origin : origin + (range.first - origin) / kLanes * kLanes;
+        columns = range.is_empty() ? 0 : range.last - first;
+    }
+
+    KeyRange of(const AttentionShape& shape, int64_t query, int64_t keys) const {
+        const KeyRange range = shape.visible(query, query, keys);
+        return {range.first - first, range.last - first};
+    }
+};
+
 inline void attend_queries(const AttentionShape& shape, const Tile& tile, int64_t head, const Queries& queries,
                            ConstRows k, ConstRows v, Scratch& scratch) {
     const int64_t size = shape.head_size;
-    const int64_t keys = tile.num_keys;
     const int64_t offset = head * size;
-    if (keys == 0) {
-        for (int64_t i = 0; i < queries.count; ++i) {
-            std::fill_n(queries.out.row(i) + offset, size, 0.0f);
-            if (queries.log_sum_exp != nullptr) queries.log_sum_exp[i] = -std::numeric_limits<float>::infinity();
-        }
+    const auto fill_with_nothing = [&](int64_t query) {
+        std::fill_n(queries.out.row(query) + offset, size, 0.0f);
+        if (queries.log_sum_exp != nullptr) queries.log_sum_exp[query] = -std::numeric_limits<float>::infinity();
+    };
+    if (queries.count == 0) return;
+    const KeyRange seen = shape.visible(queries.row(0, tile), queries.row(queries.count - 1, tile), tile.num_keys);
+    if (seen.is_empty()) {
+        for (int64_t i = 0; i < queries.count; ++i) fill_with_nothing(i);
         return;
     }
+    const int64_t keys = seen.last - seen.first;
     const int64_t padded_keys = round_up(keys, kLanes);
     const int64_t padded_size = round_up(size, kLanes);
-    const int64_t factor_count = shape.dropout.is_on() ? round_up(keys, 4 * kStep) : 0;
+    const int64_t factor_count = shape.dropout.is_on() ? round_up(seen.last, 4 * kStep) : 0;
     const bool copies_v = padded_size > size || keys > kMaxKeysInPlace;
     scratch.reset(size * padded_keys + (copies_v ? keys * padded_size : 0) + kQueryBlock * (padded_keys + padded_size) +
                   factor_count);
@@ -202,8 +230,9 @@ inline void attend_queries(const AttentionShape& shape, const Tile& tile, int64_
     float* scores = scratch.take(kQueryBlock * padded_keys);
     float* result = scratch.take(kQueryBlock * padded_size);
     float* factors = scratch.take(factor_count);
-    transpose_padded(k.row(tile.sequence_start) + offset, k.stride, keys, size, padded_keys, k_transposed);
-    ConstRows values{v.row(tile.sequence_start) + offset, v.stride};
+    const int64_t first_key = tile.sequence_start + seen.first;
+    transpose_padded(k.row(first_key) + offset, k.stride, keys, size, padded_keys, k_transposed);
+    ConstRows values{v.row(first_key) + offset, v.stride};
     if (copies_v) {
         float* v_padded = scratch.take(keys * padded_size);
         copy_padded(values.data, values.stride, keys, size, padded_size, v_padded);
@@ -214,22 +243,35 @@ inline void attend_queries(const AttentionShape& shape, const Tile& tile, int64_
     for (int64_t strip = 0; strip < strips.count; ++strip) {
         const int64_t row = strips.begin(strip);
         const int64_t count = strips.begin(strip + 1) - row;
+        const VisibleColumns visible(shape, queries.row(row, tile), queries.row(row + count - 1, tile), seen.first,
+                                     tile.num_keys);
+        const int64_t skipped = visible.first - seen.first;
+        const int64_t columns = round_up(visible.columns, kLanes);
         float inverse_sums[kQueryBlock];
-        multiply(queries.q.row(row) + offset, queries.q.stride, 1, k_transposed, padded_keys, count, size, padded_keys, scores,
-                 padded_keys, false);
+        multiply(queries.q.row(row) + offset, queries.q.stride, 1, k_transposed + skipped, padded_keys, count, size, columns,
+                 scores, padded_keys, false);
         for (int64_t i = 0; i < count; ++i) {
             float* weights = scores + i * padded_keys;
             const int64_t query = queries.row(row + i, tile);
-            const SoftmaxRow softmax = softmax_row(shape, head, query, weights, keys, padded_keys);
+            const KeyRange own = visible.of(shape, query, tile.num_keys);
+            if (own.is_empty()) continue;
+            const SoftmaxRow softmax = softmax_row(shape, head, query, weights, own, columns);
             inverse_sums[i] = 1.0f / softmax.sum;
             if (queries.log_sum_exp != nullptr) queries.log_sum_exp[row + i] = softmax.log_sum_exp();
+            if (shape.has_window()) clear_others(weights, own, visible.columns);
             if (!shape.dropout.is_on()) continue;
-            dropout_factors(shape.dropout, tile.sequence_start, head, query, keys, factors);
+            dropout_factors(shape.dropout, tile.sequence_start, head, query, seen.last, factors);
+            const float* factor = factors + visible.first;
 #pragma omp simd
-            for (int64_t j = 0; j < keys; ++j) weights[j] *= factors[j];
+            for (int64_t j = 0; j < visible.columns; ++j) weights[j] *= factor[j];
         }
-        multiply(scores, padded_keys, 1, values.data, values.stride, count, keys, padded_size, result, padded_size, false);
+        multiply(scores, padded_keys, 1, values.row(skipped), values.stride, count, visible.columns, padded_size, result,
+                 padded_size, false);
         for (int64_t i = 0; i < count; ++i) {
+            if (visible.of(shape, queries.row(row + i, tile), tile.num_keys).is_empty()) {
+                fill_with_nothing(row + i);
+                continue;
+            }
             float* target = queries.out.row(row + i) + offset;
             const float* from = result + i * padded_size;
             const float inverse = inverse_sums[i];
@@ -299,16 +341,18 @@ inline void attention_grad_sequence(const AttentionShape& shape, const Tile& til
 
     for (int64_t row = 0; row < queries; row += kGradQueryBlock) {
         const int64_t count = std::min(kGradQueryBlock, queries - row);
-        if (keys == 0) {
+        const VisibleColumns visible(shape, row, row + count - 1, 0, keys);
+        const int64_t columns = round_up(visible.columns, kLanes);
+        if (columns == 0) {
             for (int64_t i = 0; i < count; ++i) std::fill_n(grads.q.row(start + row + i) + offset, size, 0.0f);
             continue;
         }
         copy_padded(q.row(start + row) + offset, q.stride, count, size, padded_size, q_block);
         copy_padded(grad_out.row(start + row) + offset, grad_out.stride, count, size, padded_size, grad_out_block);
-        multiply(q_block, padded_size, 1, k_transposed, padded_keys, count, size, padded_keys, probabilities,
+        multiply(q_block, padded_size, 1, k_transposed + visible.first, padded_keys, count, size, columns, probabilities,
                  padded_keys, false, kGradSumBlock);
-        multiply(grad_out_block, padded_size, 1, v_transposed, padded_keys, count, size, padded_keys, grad_scores,
-                 padded_keys, false, kGradSumBlock);
+        multiply(grad_out_block, padded_size, 1, v_transposed + visible.first, padded_keys, count, size, columns,
+                 grad_scores, padded_keys, false, kGradSumBlock);
         for (int64_t i = 0; i < count; ++i) {
             const float* out_row = out.row(start + row + i) + offset;
             const float* grad_out_row = grad_out_block + i * padded_size;
@@ -317,21 +361,28 @@ inline void attention_grad_sequence(const AttentionShape& shape, const Tile& til
             for (int64_t d = 0; d < size; ++d) delta += out_row[d] * grad_out_row[d];
             float* p = probabilities + i * padded_keys;
             float* ds = grad_scores + i * padded_keys;
+            const KeyRange own = visible.of(shape, row + i, keys);
+            if (own.is_empty()) {
+                std::fill_n(p, columns, 0.0f);
+                std::fill_n(ds, columns, 0.0f);
+                continue;
+            }
             // Not from the log-sum-exp: its rounding alone would cost the probabilities two units in the last place.
-            const float inverse = 1.0f / softmax_row(shape, head, row + i, p, keys, padded_keys).sum;
+            const float inverse = 1.0f / softmax_row(shape, head, row + i, p, own, columns).sum;
             // The bias's gradient is that of the scaled scores.
             const float scale = grads.bias != nullptr ? 1.0f : shape.scale;
             if (shape.dropout.is_on()) {
                 dropout_factors(shape.dropout, start, head, row + i, keys, factors);
+                const float* factor = factors + visible.first;
 #pragma omp simd
-                for (int64_t j = 0; j < keys; ++j) {
+                for (int64_t j = own.first; j < own.last; ++j) {
                     const float probability = p[j] * inverse;
-                    p[j] = probability * factors[j];
-                    ds[j] = probability * (ds[j] * factors[j] - delta) * scale;
+                    p[j] = probability * factor[j];
+                    ds[j] = probability * (ds[j] * factor[j] - delta) * scale;
                 }
             } else {
 #pragma omp simd
-                for (int64_t j = 0; j < keys; ++j) {
+                for (int64_t j = own.first; j < own.last; ++j) {
                     p[j] *= inverse;
                     ds[j] = p[j] * (ds[j] - delta) * scale;
                 }
@@ -340,20 +391,21 @@ inline void attention_grad_sequence(const AttentionShape& shape, const Tile& til
                 float* line = grad_bias + queries - (row + i);
                 const float score_scale = shape.scale;
 #pragma omp simd
-                for (int64_t j = 0; j < keys; ++j) {
+                for (int64_t j = own.first; j < own.last; ++j) {
                     line[j] += ds[j];
                     ds[j] *= score_scale;
                 }
             }
-            std::fill(p + keys, p + padded_keys, 0.0f);
-            std::fill(ds + keys, ds + padded_keys, 0.0f);
+            clear_others(p, own, columns);
+            clear_others(ds, own, columns);
         }
-        multiply(probabilities, 1, padded_keys, grad_out_block, padded_size, keys, count, padded_size, grad_v,
+        const int64_t first = visible.first * padded_size;
+        multiply(probabilities, 1, padded_keys, grad_out_block, padded_size, visible.columns, count, padded_size,
+                 grad_v + first, padded_size, true);
+        multiply(grad_scores, 1, padded_keys, q_block, padded_size, visible.columns, count, padded_size, grad_k + first,
                  padded_size, true);
-        multiply(grad_scores, 1, padded_keys, q_block, padded_size, keys, count, padded_size, grad_k, padded_size,
-                 true);
-        multiply(grad_scores, padded_keys, 1, k_padded, padded_size, count, keys, padded_size, grad_q, padded_size,
-                 false);
+        multiply(grad_scores, padded_keys, 1, k_padded + first, padded_size, count, visible.columns, padded_size, grad_q,
+                 padded_size, false);
         for (int64_t i = 0; i < count; ++i)
             std::memcpy(grads.q.row(start + row + i) + offset, grad_q + i * padded_size, size * sizeof(float));
     }

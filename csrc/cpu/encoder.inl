@@ -31,6 +31,41 @@ struct NonlinearStrip {
     }
 };
 
+// A gate's product is multiplied with the activation that it belongs to, which lies as it does.
+struct GateStrip {
+    const float* gate;
+    float* activation;
+    BERT_FAST_INLINE void operator()(float* c, int64_t c_row, int64_t rows, int64_t columns) const {
+        float* values = activation + (c - gate);
+        for (int64_t row = 0; row < rows; ++row) {
+            float* to = values + row * c_row;
+            const float* from = c + row * c_row;
+#pragma omp simd
+            for (int64_t i = 0; i < columns; ++i) to[i] *= from[i];
+        }
+    }
+};
+
+// Turns the heads of a row by its token's angles.
+inline void rotate_row(const Rotation& rotation, int64_t token, int64_t heads, int64_t head_size, float* row) {
+    const int64_t half = head_size / 2;
+    const float* cosines = rotation.cosines + token * half;
+    const float* sines = rotation.sines + token * half;
+    for (int64_t head = 0; head < heads; ++head) {
+        float* first = row + head * head_size;
+        float* second = first + half;
+        by_vectors(half, [&](int64_t i, const auto& get, const auto& put) BERT_FAST_LAMBDA {
+            Vec x, y, cosine, sine;
+            get(first + i, x);
+            get(second + i, y);
+            get(cosines + i, cosine);
+            get(sines + i, sine);
+            put(x * cosine - y * sine, first + i);
+            put(y * cosine + x * sine, second + i);
+        });
+    }
+}
+
 // Rows of activations, and the same in fewer bits where a product wants them so.
 struct Activation {
     float* values;
@@ -124,7 +159,7 @@ class EncoderStack {
         const int64_t used = workspace_.used;
         if (shares_columns()) {
             const int64_t inner_row = round_up(inner_, kLanes);
-            return used + most_rows_ * (2 * row_ + inner_row) +
+            return used + most_rows_ * (2 * row_ + (shape_.has_gates ? 2 : 1) * inner_row) +
                    3 * Workspace::narrow_size(shape_.narrow, most_rows_, hidden_) +
                    Workspace::narrow_size(shape_.narrow, most_rows_, inner_);
         }
@@ -215,8 +250,9 @@ class EncoderStack {
         });
     }
 
-    void attend(bool is_partial, const Worker& worker, Scratch& scratch) const {
-        const AttentionShape& shape = shape_.attention;
+    void attend(int64_t layer, const Worker& worker, Scratch& scratch) const {
+        AttentionShape shape = shape_.attention;
+        shape.window = layers_[layer].window;
         worker.share_out(shape.num_tiles * shape.heads, [&](int64_t item) {
             const Tile& tile = shape.tiles[item / shape.heads];
             const int64_t head = item % shape.heads;
@@ -224,7 +260,7 @@ class EncoderStack {
             int64_t query = first;
             int64_t count = std::min<int64_t>(shape.tile_size, tile.num_rows - tile.first_row);
             const int64_t* rows = nullptr;
-            if (is_partial) {
+            if (is_partial(layer)) {
                 const int64_t* end = shape_.rows + shape_.num_rows;
                 const int64_t* begin = std::lower_bound(shape_.rows, end, first);
                 query = begin - shape_.rows;
@@ -247,8 +283,9 @@ class EncoderStack {
         }
     }
 
-    // to (rows, hidden) = norm(x), where norms come first.
+    // norm(x) where norms come first, in `to` (rows, hidden); x itself where there is no norm.
     const float* normalise_before(const Norm& norm, int64_t rows, const float* x, float* to) const {
+        if (norm.weight == nullptr) return x;
         for (int64_t row = 0; row < rows; ++row) {
             float mean;
             float rstd;
@@ -289,11 +326,21 @@ class EncoderStack {
     struct Projection {
         const Linear* linear;
         float* result;
+        const Rotation* rotation;  // or null
     };
 
     std::array<Projection, 3> projections(int64_t layer) const {
         const EncoderLayer& parts = layers_[layer];
-        return {{{&parts.query, query_}, {&parts.key, key_}, {&parts.value, value_}}};
+        const Rotation* rotation = parts.rotation < 0 ? nullptr : shape_.rotations + parts.rotation;
+        return {{{&parts.query, query_, rotation}, {&parts.key, key_, rotation}, {&parts.value, value_, nullptr}}};
+    }
+
+    // Rows of a projection; `tokens` are theirs, null: the rows themselves.
+    void rotate(const Projection& projection, int64_t first, int64_t rows, const int64_t* tokens) const {
+        const AttentionShape& shape = shape_.attention;
+        for (int64_t row = first; row < first + rows; ++row)
+            rotate_row(*projection.rotation, tokens == nullptr ? row : tokens[row], shape.heads, shape.head_size,
+                       projection.result + row * row_);
     }
 
     // ---- many rows: a block of them goes through a layer in one piece ----
@@ -304,7 +351,7 @@ class EncoderStack {
 
     int64_t block_workspace() const {
         const int64_t rows = max_block_rows() + kTileRows;
-        return rows * (2 * row_ + slice_) + Workspace::narrow_size(shape_.narrow, rows, hidden_) +
+        return rows * (2 * row_ + (shape_.has_gates ? 2 : 1) * slice_) + Workspace::narrow_size(shape_.narrow, rows, hidden_) +
                Workspace::narrow_size(shape_.narrow, rows, slice_);
     }
 
@@ -314,6 +361,7 @@ class EncoderStack {
         float* attended;
         Activation hidden;  // values are set for each use
         Activation slice;
+        float* gate;  // of the slice
     };
 
     Block own_block(const Worker& worker) const {
@@ -322,8 +370,9 @@ class EncoderStack {
         float* sums = own.take(rows * row_);
         float* attended = own.take(rows * row_);
         float* slice = own.take(rows * slice_);
+        float* gate = shape_.has_gates ? own.take(rows * slice_) : nullptr;
         return {sums, attended, own.activation(shape_.narrow, nullptr, 0, rows, hidden_),
-                own.activation(shape_.narrow, slice, slice_, rows, slice_)};
+                own.activation(shape_.narrow, slice, slice_, rows, slice_), gate};
     }
 
     // Blocks of nearly one size, as many for each thread.
@@ -345,7 +394,7 @@ class EncoderStack {
                 gather_rows(worker);
                 worker.share_evenly(num_blocks(shape_.num_rows), [&](int64_t block) { project_selected(block, own); });
             }
-            attend(is_partial(layer), worker, scratch);
+            attend(layer, worker, scratch);
             const Part current = part(layer);
             worker.share_out(num_blocks(current.rows), [&](int64_t block) {
                 finish_block(current, block, own);
@@ -354,9 +403,11 @@ class EncoderStack {
         }
     }
 
-    void project(const float* x, int64_t rows, int64_t first, Projection projection, const Block& own) const {
+    void project(const float* x, int64_t rows, int64_t first, Projection projection, const int64_t* tokens,
+                 const Block& own) const {
         multiply_linear(own_hidden(x, own), rows, *projection.linear, 0, hidden_, hidden_,
                         {projection.result + first * row_, row_}, 0, num_panels(hidden_), Nothing());
+        if (projection.rotation != nullptr) rotate(projection, first, rows, tokens);
     }
 
     Activation own_hidden(const float* x, const Block& own) const {
@@ -374,7 +425,7 @@ class EncoderStack {
         if (shape_.norm_first) x = normalise_before(layers_[layer].attention_norm, rows, x, own.attended);
         if (has_narrow_projections(layers_[layer])) own_hidden(x, own).round(rows);
         const auto all = projections(layer);
-        for (size_t i = is_partial(layer) ? 1 : 0; i < all.size(); ++i) project(x, rows, first, all[i], own);
+        for (size_t i = is_partial(layer) ? 1 : 0; i < all.size(); ++i) project(x, rows, first, all[i], nullptr, own);
     }
 
     // The queries of the rows that are wanted.
@@ -386,7 +437,7 @@ class EncoderStack {
         if (shape_.norm_first) x = normalise_before(layers_[shape_.num_layers - 1].attention_norm, rows, x, own.attended);
         const Projection query = projections(shape_.num_layers - 1)[0];
         if (query.linear->is_narrow()) own_hidden(x, own).round(rows);
-        project(x, rows, first, query, own);
+        project(x, rows, first, query, shape_.rows, own);
     }
 
     void finish_block(const Part& part, int64_t block, const Block& own) const {
@@ -413,6 +464,10 @@ class EncoderStack {
             multiply_linear(attended, rows, layer.intermediate, 0, hidden_, inner_, {slice.values, slice_, begin},
                             begin / kPanel, std::min(begin / kPanel + kSlicePanels, num_panels(inner_)),
                             NonlinearStrip{shape_.nonlinearity});
+            if (shape_.has_gates)
+                multiply_linear(attended, rows, layer.gate, 0, hidden_, inner_, {own.gate, slice_, begin}, begin / kPanel,
+                                std::min(begin / kPanel + kSlicePanels, num_panels(inner_)),
+                                GateStrip{own.gate, slice.values});
             if (layer.output.is_narrow()) slice.round(rows);
             multiply_linear(slice, rows, layer.output, begin, inner_, hidden_, {own.sums, row_}, 0, panels, Nothing());
         }
@@ -445,6 +500,12 @@ class EncoderStack {
         worker.wait();
     }
 
+    void share_out_rotations(const Worker& worker, int64_t rows, const Projection* first, int64_t count,
+                             const int64_t* tokens) const {
+        if (first->rotation == nullptr) return;
+        worker.share_evenly(count * rows, [&](int64_t i) { rotate(first[i / rows], i % rows, 1, tokens); });
+    }
+
     void run_by_columns(const Worker& worker, Scratch& scratch) const {
         const int64_t inner_row = round_up(inner_, kLanes);
         Workspace rest = workspace_.rest();
@@ -455,6 +516,7 @@ class EncoderStack {
         const Activation attended = activations(rest.take(most_rows_ * row_), hidden_, hidden_);
         const Activation context = activations(context_, row_, hidden_);
         const Activation activation = activations(rest.take(most_rows_ * inner_row), inner_row, inner_);
+        float* gate = shape_.has_gates ? rest.take(most_rows_ * inner_row) : nullptr;
         Activation x = activations(nullptr, hidden_, hidden_);
         const int64_t panels = num_panels(hidden_);
         const int64_t inner_panels = num_panels(inner_);
@@ -465,15 +527,18 @@ class EncoderStack {
             share_out_rounding(worker, has_narrow_projections(layer), x, tokens_);
             if (is_partial(i)) {
                 share_out_projections(worker, x, tokens_, &heads[1], 2);
+                share_out_rotations(worker, tokens_, &heads[1], 1, nullptr);
                 gather_rows(worker);
                 x.values = const_cast<float*>(
                     share_out_first_norm(worker, layer, shape_.num_rows, selected_, attended.values));
                 share_out_rounding(worker, layer.query.is_narrow(), x, shape_.num_rows);
                 share_out_projections(worker, x, shape_.num_rows, &heads[0], 1);
+                share_out_rotations(worker, shape_.num_rows, &heads[0], 1, shape_.rows);
             } else {
                 share_out_projections(worker, x, tokens_, &heads[0], 3);
+                share_out_rotations(worker, tokens_, &heads[0], 2, nullptr);
             }
-            attend(is_partial(i), worker, scratch);
+            attend(i, worker, scratch);
             const Part current = part(i);
             const int64_t rows = current.rows;
             share_out_rounding(worker, layer.attention_output.is_narrow(), context, rows);
@@ -487,6 +552,10 @@ class EncoderStack {
             share_out_rounding(worker, layer.intermediate.is_narrow(), attended, rows);
             multiply_linear(attended, rows, layer.intermediate, 0, hidden_, inner_, {activation.values, inner_row},
                             worker.first_of(inner_panels), worker.last_of(inner_panels), NonlinearStrip{shape_.nonlinearity});
+            if (shape_.has_gates)
+                multiply_linear(attended, rows, layer.gate, 0, hidden_, inner_, {gate, inner_row},
+                                worker.first_of(inner_panels), worker.last_of(inner_panels),
+                                GateStrip{gate, activation.values});
             worker.wait();
             share_out_rounding(worker, layer.output.is_narrow(), activation, rows);
             for (int64_t panel = worker.first_of(panels); panel < worker.last_of(panels); ++panel)

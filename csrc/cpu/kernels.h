@@ -46,7 +46,16 @@ struct RelativeBias {
     const float* line(int64_t head, int64_t query) const { return values + head * width() + reach - query; }
 };
 
-// Scaled dot-product attention within each sequence, no mask but the number of keys (Vaswani et al. 2017, equation 1).
+// Keys of a sequence, first to last - 1.
+struct KeyRange {
+    int64_t first;
+    int64_t last;
+
+    bool is_empty() const { return first >= last; }
+};
+
+// Scaled dot-product attention within each sequence (Vaswani et al. 2017, equation 1), no mask but the number of keys and,
+// if it is not negative, the window: how many rows from a query its farthest key may be. No bias with a window.
 // q, k, v, out and their gradients are (tokens, heads * head_size); log_sum_exp is (heads, tokens), natural logarithm,
 // -inf where a query has no key; such a query's output is zero.
 struct AttentionShape {
@@ -59,6 +68,16 @@ struct AttentionShape {
     float scale;
     Dropout dropout;
     RelativeBias bias;
+    int64_t window = -1;
+
+    bool has_window() const { return window >= 0; }
+
+    // What some queries, from one row to another, see of a sequence's keys.
+    KeyRange visible(int64_t first_query, int64_t last_query, int64_t keys) const {
+        if (!has_window()) return {0, keys};
+        const int64_t last = last_query + window + 1;
+        return {first_query > window ? first_query - window : 0, last < keys ? last : keys};
+    }
 };
 
 struct AttentionGradients {
@@ -104,9 +123,20 @@ struct Linear {
     bool is_narrow() const { return weight == nullptr; }
 };
 
+// Rotary positions (Su et al. 2021, section 3.2.2): of each token the cosines and sines of its angles, (tokens,
+// head_size / 2) each. Features i and i + head_size / 2 of a head are turned by angle i.
+struct Rotation {
+    const float* cosines;
+    const float* sines;
+};
+
+// Where norms come first, the attention norm's weight may be null: there is none. The gate, if the encoder has gates, is
+// multiplied with the activation (Shazeer 2020). `rotation` is a number in EncoderShape::rotations, or -1.
 struct EncoderLayer {
-    Linear query, key, value, attention_output, intermediate, output;
+    Linear query, key, value, attention_output, intermediate, gate, output;
     Norm attention_norm, output_norm;
+    int64_t window;  // of the attention
+    int64_t rotation;
 };
 
 // Layer i reads (tokens, hidden_size) from outputs[i - 1], the first one from input, and writes outputs[i], all dense;
@@ -120,6 +150,8 @@ struct EncoderShape {
     int64_t intermediate_size;
     Nonlinearity nonlinearity;
     bool norm_first;         // norms before attention and feed-forward (Xiong et al. 2020), not after
+    bool has_gates;
+    const Rotation* rotations;
     Narrow narrow;           // what linear layers without a `weight` have
     bool is_mostly_narrow;  // most of them
 };
