@@ -10,15 +10,21 @@ MINUTES ?= 8.5
 TRITON ?= 3.6.0
 ISAS ?= portable avx2 avx512
 TARGETS ?= aarch64-linux-gnu aarch64-macos x86_64-linux-gnu
+FAMILIES ?=
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
-.PHONY: demo test kernels sanitize cross bench bench-cpu gpu gpu-dry lint clean
+.PHONY: demo test acceptance kernels sanitize cross bench bench-cpu gpu gpu-dry lint clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/bert-fast demo
 
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -m "not gpu"
+
+# transformers' own tests of models, with its models as they are and swapped: what passes must go on passing.
+# FAMILIES="bert mpnet" for some of the eight.
+acceptance: $(VENV)/acceptance.stamp
+	$(BIN)/python tests/acceptance/run.py $(FAMILIES)
 
 # Compiles every kernel for every target with another release of Triton than `make test` does.
 kernels: $(VENV)/test.stamp

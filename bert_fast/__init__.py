@@ -13,7 +13,7 @@ from .heads import (
     BertForTokenClassification,
 )
 from .masking import PackedBatch
-from .swap import VerificationError, report, restore, swap, verify
+from .swap import VerificationError, register_attention, report, restore, swap, verify
 
 __version__ = "0.1.0"
 
@@ -33,6 +33,7 @@ __all__ = [
     "functional",
     "masking",
     "nn",
+    "register_attention",
     "report",
     "restore",
     "swap",

@@ -336,6 +336,19 @@ def _padding_entry(name: str, entry: int | None, entries: int) -> int:
     return entry % entries
 
 
+def _check_indices(table: Tensor, ids: Tensor, positions: Tensor, token_types: Tensor | None) -> None:
+    if ids.dim() != 1 or positions.shape != ids.shape or (token_types is not None and token_types.shape != ids.shape):
+        raise ValueError(
+            f"ids, positions and token_types have shapes {tuple(ids.shape)}, {tuple(positions.shape)} and "
+            f"{None if token_types is None else tuple(token_types.shape)}; one shape (tokens,) is needed"
+        )
+    for name, indices in (("ids", ids), ("positions", positions), ("token_types", token_types)):
+        if indices is not None and indices.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"{name} has dtype {indices.dtype}; torch.int32 or torch.int64 is needed")
+        if indices is not None and indices.device != table.device:
+            raise ValueError(f"{name} is on {indices.device} and word on {table.device}; one device is needed")
+
+
 def embedding(
     word: Tensor,
     position: Tensor,
@@ -388,11 +401,7 @@ def embedding(
         _padding_entry("padding_idx", padding_idx, word.shape[0]),
         _padding_entry("position_padding_idx", position_padding_idx, position.shape[0]),
     )
-    if ids.dim() != 1 or positions.shape != ids.shape or (token_types is not None and token_types.shape != ids.shape):
-        raise ValueError(
-            f"ids, positions and token_types have shapes {tuple(ids.shape)}, {tuple(positions.shape)} and "
-            f"{None if token_types is None else tuple(token_types.shape)}; one shape (tokens,) is needed"
-        )
+    _check_indices(word, ids, positions, token_types)
     if token_type is None and token_types is not None:
         raise ValueError(f"token_types has shape {tuple(token_types.shape)}, but token_type is None; None is allowed")
     _check_dropout(dropout_p)

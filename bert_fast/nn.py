@@ -464,6 +464,12 @@ def embed(parts: EmbeddingParts, batch: PackedBatch, inputs_embeds: Tensor | Non
                 position_padding_idx=position.padding_idx, dropout_p=rate,
             )  # fmt: skip
     words = parts.word(batch.ids) if inputs_embeds is None else inputs_embeds
+    positions = None if parts.position is None else parts.position(batch.positions)
+    if positions is not None and (words.shape[-1], words.device) != (positions.shape[-1], positions.device):
+        raise ValueError(
+            f"inputs_embeds has width {words.shape[-1]} on {words.device}; {positions.shape[-1]} on "
+            f"{positions.device} is needed"
+        )
     if parts.token_type is None:
         types = None
     elif batch.token_types is not None:
@@ -474,9 +480,4 @@ def embed(parts: EmbeddingParts, batch: PackedBatch, inputs_embeds: Tensor | Non
     else:
         types = parts.token_type(torch.zeros_like(batch.positions))
     x = words if types is None else words + types
-    normalised = (
-        normalise(parts.norm, x)
-        if parts.position is None
-        else normalise(parts.norm, parts.position(batch.positions), x)
-    )
-    return drop(parts.dropout, normalised)
+    return drop(parts.dropout, normalise(parts.norm, x) if positions is None else normalise(parts.norm, positions, x))

@@ -220,6 +220,18 @@ def test_hidden_states(prefix: str, return_dict: bool) -> None:
 
 
 @each_family
+def test_hidden_states_by_number(prefix: str) -> None:
+    """MPNet takes any number for a yes."""
+    model, swapped = pair(f"{prefix}Model")
+    batch: dict[str, Any] = {**batch_for(f"{prefix}Model"), "output_hidden_states": [0, -1]}
+    is_fast = prefix != "MPNet"
+    with nullcontext() if is_fast else pytest.warns(UserWarning, match="by number"):
+        found = swapped(**batch)
+    assert_same_output(found, model(**batch), batch["attention_mask"] != 0)
+    assert (calls(swapped) == {"fast": 1}) is is_fast
+
+
+@each_family
 @pytest.mark.parametrize("is_last", [True, False])
 def test_sparse_calls(prefix: str, is_last: bool) -> None:
     """Without a mask, token types or a pooler's output; with positions or embeddings given."""

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 import bert_fast
 from bert_fast import engine
+from bert_fast.swap import bert_shaped
 from bert_fast.swap.core import Swapped
 
 IMPLEMENTATIONS = ("sdpa", "eager")
@@ -290,6 +291,10 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "undecided": {"return_dict": None, "use_cache": None},
     "tuple with hidden states": {"return_dict": False, "output_hidden_states": True},
     "cache": {"use_cache": True},
+    "hidden states by number": {"output_hidden_states": [0, -1, 7]},
+    "one hidden state by number": {"output_hidden_states": -2},
+    "number of no hidden state": {"output_hidden_states": [-4, 3]},
+    "tuple with hidden states by number": {"return_dict": False, "output_hidden_states": [1]},
 }
 
 
@@ -304,7 +309,7 @@ def test_arguments(arguments: dict[str, Any], name: str) -> None:
         mask = torch.ones_like(mask)
     assert_same_output(found, expected, mask)
     assert calls(swapped) == {"fast": 1}
-    if name == "BertModel" and arguments.get("output_hidden_states") and arguments.get("return_dict") is None:
+    if name == "BertModel" and arguments.get("output_hidden_states") is True and arguments.get("return_dict") is None:
         assert found.hidden_states[-1] is found.last_hidden_state
 
 
@@ -554,7 +559,6 @@ ORIGINAL: dict[str, tuple[dict[str, Any], Callable[[Any], None], dict[str, Any],
     "attentions of the configuration": (
         {"attn_implementation": "eager", "output_attentions": True}, nothing, {}, "attention probabilities",
     ),
-    "hidden states by number": ({}, nothing, {"output_hidden_states": [0, -1]}, "hidden states .* by number"),
     "4-D mask": (
         {}, nothing, {"attention_mask": torch.ones(8, 1, 13, 13).tril().bool()}, "attention_mask has 4 dimensions",
     ),
@@ -598,6 +602,14 @@ def test_original_path(
     assert number == 2
     assert str(caught[0].message).endswith(name)
     assert f"2 calls: original path, because {name}" in str(bert_fast.report(swapped))
+
+
+def test_hidden_states_by_number_where_transformers_has_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bert_shaped, "_has_numbered_states", lambda: False)
+    model, swapped = pair()
+    batch = inputs(mask_of(MIXED)) | {"output_hidden_states": [0, -1]}
+    with pytest.warns(UserWarning, match="hidden states .* by number"):
+        assert_identical(swapped(**batch), model(**batch))
 
 
 def test_original_path_is_left_again() -> None:

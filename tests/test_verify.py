@@ -276,9 +276,9 @@ def engines_layer_lost(patch: pytest.MonkeyPatch) -> None:
 def engines_weights_off(patch: pytest.MonkeyPatch) -> None:
     real = engine._tensors
 
-    def tensors(layer: Any, number: int) -> tuple[list[Tensor], list[Tensor]]:
+    def tensors(layer: Any, number: int) -> tuple[list[Tensor | None], list[Tensor]]:
         found, roots = real(layer, number)
-        return [x * 1.01 for x in found], roots
+        return [None if x is None else x * 1.01 for x in found], roots
 
     patch.setattr(engine, "_tensors", tensors)
     patch.setattr(engine, "_packed", weakref.WeakKeyDictionary())

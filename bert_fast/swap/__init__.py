@@ -1,7 +1,8 @@
 """Swapping: the same model object, weights and answers, by another forward of its encoder."""
 
+from .attention_interface import register_attention
 from .core import restore, swap
 from .report import report
 from .verify import VerificationError, verify
 
-__all__ = ["VerificationError", "report", "restore", "swap", "verify"]
+__all__ = ["VerificationError", "register_attention", "report", "restore", "swap", "verify"]

@@ -36,7 +36,7 @@ SERVED = frozenset(
 )
 
 # transformers' names for kernels that compute one and the same attention.
-STANDARD_ATTENTION = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+STANDARD_ATTENTION = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "bert_fast")
 
 
 class Embeddings(NamedTuple):
@@ -154,11 +154,44 @@ def _config_refusal(model: Any) -> str | None:
     return None
 
 
+def _has_numbered_states() -> bool:
+    """Whether the installed transformers lets hidden states be asked for by their numbers."""
+    try:
+        from transformers.utils.output_capturing import selected_hidden_states  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _numbers_refusal(model: Any, call: Call) -> str | None:
+    """Models whose hidden states transformers does not record itself take numbers for a yes."""
+    if isinstance(_setting(model, call, "output_hidden_states") or False, bool):
+        return None
+    if "hidden_states" in (getattr(model, "_can_record_outputs", None) or {}) and _has_numbered_states():
+        return None
+    return "some of the hidden states are asked for by number"
+
+
+def _wanted_states(model: Any, call: Call, number: int) -> list[bool] | None:
+    """For each of the hidden states whether it is asked for; None: the output is to have none.
+
+    Args:
+        model: the encoder.
+        call: its arguments.
+        number: of hidden states: the embeddings and every layer's output.
+    """
+    wanted = _setting(model, call, "output_hidden_states")
+    if not wanted:
+        return None
+    if isinstance(wanted, bool):
+        return [True] * number
+    chosen = {i % number for i in ([wanted] if isinstance(wanted, int) else wanted) if -number <= i < number}
+    return [i in chosen for i in range(number)]
+
+
 def _argument_refusal(model: Any, call: Call) -> str | None:
     if _setting(model, call, "output_attentions"):
         return "attention probabilities are asked for"
-    if not isinstance(_setting(model, call, "output_hidden_states") or False, bool):
-        return "some of the hidden states are asked for by number"
     for name, value in call.items():
         if value is not None and name not in SERVED:
             return f"{name} is given"
@@ -200,7 +233,7 @@ def spread_refusal(call: Call, *, reads_first: bool, allows_hidden: bool) -> str
         allows_hidden: whether rows may follow the last key of a text.
     """
     mask = call.get("attention_mask")
-    if mask is None:
+    if mask is None or mask.shape[1] == 0:
         return None
     if torch.compiler.is_compiling():
         return "relative positions need a look at the mask, which cannot be had while the call is traced"
@@ -327,6 +360,11 @@ def labelled(model: Any, call: Call) -> Tensor | None:  # noqa: ARG001
     return is_labelled.view(source.shape[:2])
 
 
+def labelled_if_both(model: Any, call: Call) -> Tensor | None:
+    """Pretraining's loss needs both kinds of labels; one of them alone is overlooked."""
+    return None if call.get("next_sentence_label") is None else labelled(model, call)
+
+
 def _everything(call: Call) -> Tensor | None:
     source = _source(call)
     return None if source is None else torch.ones(source.shape[:2], dtype=torch.bool)
@@ -355,7 +393,7 @@ HEADS: Mapping[str, HeadRows] = {
     "ForMultipleChoice": first_rows,
     "ForNextSentencePrediction": first_rows,
     "ForMaskedLM": labelled,
-    "ForPreTraining": labelled,
+    "ForPreTraining": labelled_if_both,
     "ForTokenClassification": labelled,
     "ForQuestionAnswering": all_if_answered,
     "ForCausalLM": all_if_labelled,
@@ -520,8 +558,12 @@ class BertShaped:
     def plan(self, model: Any, call: Call) -> Plan | str:
         """The model's parts, or why the call takes the original path."""
         reason = (
-            _mode_refusal(model, self.checkpointed(model)) or _argument_refusal(model, call) or _config_refusal(model)
-        ) or self.refusal(model, call)
+            _mode_refusal(model, self.checkpointed(model))
+            or _argument_refusal(model, call)
+            or _numbers_refusal(model, call)
+            or _config_refusal(model)
+            or self.refusal(model, call)
+        )
         if reason is not None:
             return reason
         try:
@@ -551,6 +593,8 @@ class BertShaped:
                 f"input_ids or inputs_embeds has shape {tuple(source.shape)}; (batch, length) or (batch, length, "
                 "hidden_size) is needed"
             )
+        if shape[1] == 0:
+            raise ValueError(f"input_ids or inputs_embeds has shape {tuple(source.shape)}; a length above 0 is needed")
         positions = call.get("position_ids")
         if positions is None:
             positions = self.positions(model, call)
@@ -587,15 +631,15 @@ class BertShaped:
 
     def run(self, model: Any, call: Call, parts: Plan) -> Any:
         """The encoder's forward, without padding between the embeddings and the last layer."""
-        wants_hidden_states = bool(_setting(model, call, "output_hidden_states"))
+        wanted = _wanted_states(model, call, len(parts.layers) + 1)
         output = None
-        if kept_rows.get() is FIRST_ROWS and not wants_hidden_states and not self._is_watched(model):
+        if kept_rows.get() is FIRST_ROWS and wanted is None and not self._is_watched(model):
             output = self._run_for_first_rows(model, call, parts)
         if output is None:
-            output = self._run(model, call, parts, wants_hidden_states)
+            output = self._run(model, call, parts, wanted)
         return self.as_tuple(output) if _setting(model, call, "return_dict") is False else output
 
-    def _run(self, model: Any, call: Call, parts: Plan, wants_hidden_states: bool) -> Any:
+    def _run(self, model: Any, call: Call, parts: Plan, wanted: list[bool] | None) -> Any:
         kept: list[Tensor] = []
         runner = _runner(model, call, parts.embeddings.word)
         if runner is not None:
@@ -603,12 +647,14 @@ class BertShaped:
         else:
             batch, embeds = self.pack(model, call)
             has_positions = call.get("position_ids") is not None
-            hidden = _encode(model, parts, batch, embeds, kept if wants_hidden_states else None, has_positions)
+            hidden = _encode(model, parts, batch, embeds, None if wanted is None else kept, has_positions)
         sequence = batch.pad(hidden)
         pooler = _pooler(model)
-        hidden_states = None
-        if wants_hidden_states:
-            hidden_states = (*(batch.pad(x) for x in kept[:-1]), sequence)
+        hidden_states: Any = None
+        if wanted is not None:
+            *others, last = wanted
+            states = [batch.pad(x) if is_wanted else None for x, is_wanted in zip(kept[:-1], others, strict=True)]
+            hidden_states = (*states, sequence if last else None)
         return self.output(sequence, None if pooler is None else pooler(sequence), hidden_states)
 
     def _replayed(self, model: Any, call: Call, parts: Plan, runner: GraphRunner) -> tuple[PackedBatch, Tensor]:

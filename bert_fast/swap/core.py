@@ -83,6 +83,23 @@ def argument_names(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(p.name for p in inspect.signature(forward).parameters.values() if p.kind in kinds)[1:]
 
 
+def _fitting(forward: Callable[..., Any]) -> Callable[[tuple[Any, ...], dict[str, Any]], bool]:
+    """Tells whether a call's arguments are the forward's own, each given once and none missing."""
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    names = argument_names(forward)
+    has_more = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    known = {p.name for p in parameters}
+
+    def fits(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        given = names[: len(args)]
+        if len(args) > len(names) or any(name in given or not (has_more or name in known) for name in kwargs):
+            return False
+        return all(name in given or name in kwargs for name in needed)
+
+    return fits
+
+
 def _make_class(base: Any, family: Family, forward: Callable[..., Any]) -> type[nn.Module]:
     attributes = {
         "__module__": base.__module__,
@@ -98,9 +115,11 @@ def _make_class(base: Any, family: Family, forward: Callable[..., Any]) -> type[
 
 @functools.cache
 def _encoder_class(base: Any, family: Family) -> type[nn.Module]:
-    names = argument_names(base.forward)
+    names, fits = argument_names(base.forward), _fitting(base.forward)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not fits(args, kwargs):  # the original's own error says what is wrong
+            return base.forward(self, *args, **kwargs)
         call = bind(names, args, kwargs)
         plan = family.plan(self, call)
         if isinstance(plan, str):

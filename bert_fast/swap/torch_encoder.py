@@ -147,10 +147,20 @@ def _call_refusal(call: Call) -> str | None:
     return None
 
 
+def _shape_refusal(model: Any, call: Call) -> str | None:
+    """Why torch is to say what is wrong."""
+    width, needed = call["src"].shape[2], _layers(model)[0].self_attn.embed_dim
+    return None if width == needed else f"src has width {width}, not {needed}"
+
+
 def _padding_refusal(call: Call, is_batch_first: bool) -> str | None:
     padding = call.get("src_key_padding_mask")
     if padding is None:
         return None
+    if padding.dtype != torch.bool and not padding.is_floating_point():
+        return f"src_key_padding_mask has dtype {padding.dtype}"
+    if padding.requires_grad and torch.is_grad_enabled():
+        return "src_key_padding_mask wants a gradient"
     first, second = call["src"].shape[:2]
     if tuple(padding.shape) != ((first, second) if is_batch_first else (second, first)):
         return f"src_key_padding_mask has shape {tuple(padding.shape)}"
@@ -203,7 +213,7 @@ class TorchEncoder:
                 parts = _plans.get(model, functools.partial(_parts, model))
         except Refused as refused:
             return refused.text(model)
-        return _padding_refusal(call, parts.is_batch_first) or parts
+        return _shape_refusal(model, call) or _padding_refusal(call, parts.is_batch_first) or parts
 
     def stack(self, model: Any) -> engine.Stack:
         try:
