@@ -13,7 +13,7 @@ TARGETS ?= aarch64-linux-gnu aarch64-macos x86_64-linux-gnu
 FAMILIES ?=
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
-.PHONY: demo test acceptance kernels sanitize cross bench bench-cpu gpu gpu-dry lint clean
+.PHONY: demo test acceptance kernels sanitize cross bench bench-cpu bench-families gpu gpu-dry lint clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/bert-fast demo
@@ -66,6 +66,11 @@ bench: $(VENV)/test.stamp
 bench-cpu: RESULTS = benchmarks/results/cpu-peers.json
 bench-cpu: $(VENV)/bench.stamp
 	$(BIN)/python -m benchmarks.cpu --out $(RESULTS) $(ARGS)
+
+# A model of each family, swapped against unswapped, ten minutes on two cores; ARGS="--only BERT MPNet" for some,
+# ARGS="--out FILE" to keep the figures elsewhere than in benchmarks/results/cpu-families.json.
+bench-families: $(VENV)/test.stamp
+	$(BIN)/python -m benchmarks.families $(ARGS)
 
 # On a machine with a GPU, with the python3 that has torch and triton for it; nothing is fetched. The tests, then every
 # target of speed against its peers; ARGS="--only NAME" for some, ARGS="--tune KERNEL" for launch sizes.

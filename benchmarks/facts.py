@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,19 @@ def processor() -> dict[str, Any]:
         "family": found.get("cpu family"),
         "cores": os.cpu_count(),
         "flags": sorted(flag for flag in flags if flag.startswith(FLAGS)),
+    }
+
+
+def heading(packages: Iterable[str], is_dry: bool) -> dict[str, Any]:
+    """What stands above the runs of a result; minutes and runs are still to come."""
+    return {
+        "device": processor(),
+        "versions": versions(packages),
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "dry": is_dry,
+        "minutes": 0.0,
+        "runs": [],
     }
 
 

@@ -8,10 +8,10 @@ from torch import Tensor
 SEED = 0
 
 
-def ragged_lengths(count: int, low: int = 4, high: int = 256) -> Tensor:
-    """(count,) int64: log-normal(3.6, 0.8), clipped; like sentences and paragraphs of real text."""
+def ragged_lengths(count: int, low: int = 4, high: int = 256, mu: float = 3.6) -> Tensor:
+    """(count,) int64: log-normal(mu, 0.8), clipped; like sentences and paragraphs of real text."""
     generator = torch.Generator().manual_seed(SEED)
-    return torch.exp(torch.randn(count, generator=generator) * 0.8 + 3.6).clamp(low, high).long()
+    return torch.exp(torch.randn(count, generator=generator) * 0.8 + mu).clamp(low, high).long()
 
 
 def right_padded(lengths: Tensor, length: int | None = None) -> Tensor:
@@ -20,12 +20,12 @@ def right_padded(lengths: Tensor, length: int | None = None) -> Tensor:
     return (columns[None] < lengths[:, None]).long()
 
 
-def token_batches(lengths: Tensor, size: int, vocab_size: int = 30522) -> list[dict[str, Tensor]]:
+def token_batches(lengths: Tensor, size: int, vocab_size: int = 30522, pad_id: int = 0) -> list[dict[str, Tensor]]:
     """Batches of `size` texts with random ids, padded to the longest of each."""
     generator = torch.Generator().manual_seed(SEED)
     result = []
     for part in lengths.split(size):
         mask = right_padded(part)
-        ids = torch.randint(1000, vocab_size, mask.shape, generator=generator) * mask
-        result.append({"input_ids": ids, "attention_mask": mask})
+        ids = torch.randint(1000, vocab_size, mask.shape, generator=generator)
+        result.append({"input_ids": ids.masked_fill(mask == 0, pad_id), "attention_mask": mask})
     return result

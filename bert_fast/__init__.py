@@ -1,6 +1,7 @@
 """BERT encoders without padding: Triton kernels on GPUs, C++ kernels on CPUs, the same weights and answers."""
 
 from . import functional, masking, nn
+from .collator import FlatteningCollator
 from .config import BertConfig
 from .encoder import BertModel
 from .heads import (
@@ -13,7 +14,7 @@ from .heads import (
     BertForTokenClassification,
 )
 from .masking import PackedBatch
-from .swap import VerificationError, register_attention, report, restore, swap, verify
+from .swap import VerificationError, patch, register_attention, report, restore, swap, unpatch, verify
 
 __version__ = "0.1.0"
 
@@ -27,15 +28,18 @@ __all__ = [
     "BertForSequenceClassification",
     "BertForTokenClassification",
     "BertModel",
+    "FlatteningCollator",
     "PackedBatch",
     "VerificationError",
     "__version__",
     "functional",
     "masking",
     "nn",
+    "patch",
     "register_attention",
     "report",
     "restore",
     "swap",
+    "unpatch",
     "verify",
 ]

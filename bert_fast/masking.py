@@ -18,7 +18,17 @@ from . import _C
 from .functional import pad as _pad
 from .ops import TILE_SIZE, host_array, packing_arrays
 
-__all__ = ["Bins", "MaskedTokens", "PackedBatch", "make_tiles", "mask_tokens", "pack", "pad", "unpad"]
+__all__ = [
+    "Bins",
+    "MaskedTokens",
+    "PackedBatch",
+    "from_flattened",
+    "make_tiles",
+    "mask_tokens",
+    "pack",
+    "pad",
+    "unpad",
+]
 
 
 @dataclass(eq=False)  # not frozen: that would double the time it takes to make one
@@ -152,6 +162,52 @@ def unpad(
         ids=None if ids is None else batch.select(ids.to(place)),
         token_types=None if token_types is None else batch.select(token_types.to(place)),
     )
+
+
+def from_flattened(
+    cu_seqlens: Tensor,
+    *,
+    ids: Tensor | None = None,
+    token_types: Tensor | None = None,
+    positions: Tensor | None = None,
+    device: torch.device | str | None = None,
+) -> PackedBatch:
+    """The batch of sequences that already stand side by side, without padding.
+
+    Args:
+        cu_seqlens: (sequences + 1,) integers, ascending from 0 to the number of tokens. On a GPU it is waited for.
+        ids, token_types: (tokens,) int64.
+        positions: (tokens,) integers; None: each sequence's from 0 on.
+        device: of the result; None: that of ids, or of cu_seqlens.
+
+    Returns:
+        The batch; its shape is (1, tokens).
+
+    Raises:
+        ValueError: bounds that do not ascend from 0, or other tensors of another length than they end with.
+    """
+    bounds = torch.from_numpy(_integers("cu_seqlens", cu_seqlens, torch.int32))
+    tiles = make_tiles(bounds)
+    lengths = bounds.diff()
+    tokens = int(bounds[-1])
+    for name, tensor in (("ids", ids), ("token_types", token_types), ("positions", positions)):
+        if tensor is not None and tuple(tensor.shape) != (tokens,):
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; cu_seqlens ends with {tokens}")
+    if positions is None:
+        positions = torch.arange(tokens) - bounds[:-1].long().repeat_interleave(lengths)
+    batch = PackedBatch(
+        ids=ids,
+        positions=positions,
+        token_types=token_types,
+        cu_seqlens=bounds,
+        max_seqlen=int(lengths.max()) if len(lengths) > 0 else 0,
+        indices=None,
+        tiles=tiles,
+        num_keys=lengths,
+        shape=(1, tokens),
+    )
+    place = device if device is not None else (cu_seqlens if ids is None else ids).device
+    return batch.to(place)
 
 
 def _traced(mask: Tensor, keep: Tensor | None, keep_first: bool, shape: tuple[int, int]) -> PackedBatch:

@@ -78,11 +78,15 @@ def mask_of(rows: str) -> Tensor:
     return torch.tensor([[digit == "1" for digit in row] for row in rows.split()])
 
 
-def inputs(mask: Tensor, seed: int = 1) -> dict[str, Tensor]:
-    """A batch with this mask; hidden places hold ids like any other, so that a leak shows."""
+def inputs(mask: Tensor, seed: int = 1, padding: int | None = 0) -> dict[str, Tensor]:
+    """A batch with this mask; hidden places hold padding's id, whose embedding is like any other, so that a leak shows.
+
+    With None they hold words, which the encoder computes, but does not attend to.
+    """
     generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, SIZES["vocab_size"], mask.shape, generator=generator)
     return {
-        "input_ids": torch.randint(1, SIZES["vocab_size"], mask.shape, generator=generator),
+        "input_ids": ids if padding is None else ids.masked_fill(~mask, padding),
         "attention_mask": mask.long(),
         "token_type_ids": torch.randint(SIZES["type_vocab_size"], mask.shape, generator=generator),
     }

@@ -116,6 +116,12 @@ def pair(name: str, **config: Any) -> tuple[Any, Any]:
     return model, bert_fast.swap(copy.deepcopy(model))
 
 
+def padding_of(prefix: str) -> int:
+    config = getattr(transformers, f"{prefix}Model").config_class(**{**SIZES, **FAMILIES[prefix]})
+    padding: int = config.pad_token_id
+    return padding
+
+
 def rows_for(prefix: str) -> str:
     return RIGHT if prefix in WITH_DISTANCES else MIXED
 
@@ -123,7 +129,7 @@ def rows_for(prefix: str) -> str:
 def batch_for(name: str, rows: str | None = None) -> dict[str, Tensor]:
     """Ids at random, so that padding's own number stands at tokens too."""
     prefix = prefix_of(name)
-    batch = inputs(mask_of(rows_for(prefix) if rows is None else rows))
+    batch = inputs(mask_of(rows_for(prefix) if rows is None else rows), padding=padding_of(prefix))
     if prefix in WITHOUT_TYPES:
         del batch["token_type_ids"]
     return {key: x.view(-1, 2, 13) for key, x in batch.items()} if head_of(name) == "ForMultipleChoice" else batch

@@ -43,7 +43,7 @@ def batch_of(*lengths: int, width: int | None = None) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(sum(lengths))
     ids = torch.randint(0, 97, (len(lengths), columns), generator=generator)
     mask = torch.arange(columns) < torch.tensor(lengths)[:, None]
-    inputs = {"input_ids": ids, "attention_mask": mask.long(), "token_type_ids": ids % 2}
+    inputs = {"input_ids": ids * mask, "attention_mask": mask.long(), "token_type_ids": ids % 2}
     return {name: x.to(DEVICE) for name, x in inputs.items()}
 
 

@@ -24,7 +24,7 @@ OPTIONAL = ("click", "rich", "sentence_transformers", "transformers", "triton")
 
 # Who may import whom when it is imported: only what stands further up in this list.
 LAYERS = (
-    {"_C", "config", "kernels"},
+    {"_C", "collator", "config", "kernels"},
     {"guard", "ops", "reference"},
     {"functional"},
     {"masking"},

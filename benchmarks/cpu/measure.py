@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,12 +107,16 @@ def pooled(hidden: Tensor, batch: Batch) -> Tensor:
     return torch.where(mask, hidden, 0).sum(1) / mask.sum(1)
 
 
-def measure(bench: Bench, record: Record, batches: Sequence[Batch], min_rounds: int) -> None:
-    """Every contender on the same batches: verified, then timed in turns; medians into the record."""
-    tokens = [int(batch["attention_mask"].sum()) for batch in batches]
+def workload_facts(batches: Sequence[Batch]) -> dict[str, Any]:
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
     places = sum(batch["attention_mask"].numel() for batch in batches)
     texts = sum(len(batch["input_ids"]) for batch in batches)
-    record.facts = {"texts": texts, "useful_tokens": sum(tokens), "padding": places / sum(tokens)}
+    return {"texts": texts, "useful_tokens": tokens, "padding": places / tokens}
+
+
+def measure(bench: Bench, record: Record, batches: Sequence[Batch], min_rounds: int) -> None:
+    """Every contender on the same batches: verified, then timed in turns; medians into the record."""
+    record.facts = workload_facts(batches)
     travelling = arrays(batches)
     expected = bench.field.states(SDPA, travelling)
     turns: dict[str, Callable[[int], float]] = {}

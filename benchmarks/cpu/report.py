@@ -136,6 +136,11 @@ def show(result: dict[str, Any], console: Console) -> None:
             console.print(f"[red]threads {run['threads']}: {escape(run['problem'])}[/]")
         if run["not_run"]:
             console.print(f"threads {run['threads']}: no time left for {escape('; '.join(run['not_run']))}")
+    show_facts(result, console)
+
+
+def show_facts(result: dict[str, Any], console: Console) -> None:
+    """Prints what the tables leave out: reasons, the machine, versions."""
     for line in sorted(set(_reasons(result))):
         console.print(escape(line), highlight=False)
     if result["dry"]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,20 +58,31 @@ def encoding(bench: Bench, record: Record, lengths: Tensor, dry: Sequence[int], 
 
 
 def training(bench: Bench, record: Record) -> None:
-    """A classifier's forward and backward; compared first without dropout, whose masks differ."""
     lengths = torch.tensor([9, 3]) if bench.is_dry else ragged_lengths(256)[:MAX_TEXTS]
     (batch,) = token_batches(lengths, MAX_TEXTS)
     original, swapped = training_pair(bench.place.folder)
     record.facts = {"texts": len(lengths), "useful_tokens": int(lengths.sum())}
-    steps = {OURS: training_step(swapped, batch), SDPA: training_step(original, batch)}
+    measure_steps(bench, record, {OURS: swapped, SDPA: original}, batch, MIN_ROUNDS)
+
+
+def measure_steps(bench: Bench, record: Record, contenders: Mapping[str, Any], batch: Batch, min_rounds: int) -> None:
+    """A classifier's forward and backward; compared first without dropout, whose masks differ.
+
+    Args:
+        contenders: name -> model in evaluation mode; ours, then its peer with the same weights.
+    """
+    swapped, original = contenders.values()
+    steps = {name: training_step(model, batch) for name, model in contenders.items()}
     record.entries = [Entry(name) for name in steps]
-    record.entries[0].difference = float((steps[OURS]() - steps[SDPA]()).detach().abs())
-    theirs = dict(original.named_parameters())
+    ours, theirs = (step().detach() for step in steps.values())
+    record.entries[0].difference = float((ours - theirs).abs())
+    torch.testing.assert_close(ours, theirs)
+    expected = dict(original.named_parameters())
     for name, parameter in swapped.named_parameters():
-        torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-3, atol=1e-5)
-    for model in (original, swapped):
+        torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-3, atol=1e-5)
+    for model in contenders.values():
         model.train()
-    times, record.rounds = bench.time({name: timed(step) for name, step in steps.items()}, MIN_ROUNDS)
+    times, record.rounds = bench.time({name: timed(step) for name, step in steps.items()}, min_rounds)
     record.set_times(times)
 
 

@@ -10,14 +10,13 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from ..facts import commit, processor, versions, write_json
+from ..facts import heading, write_json
 from .contenders import Field
 from .convert import BASE, MINILM, convert
 from .measure import Bench
@@ -80,7 +79,7 @@ def measure_rows(
                 field = Field(Place(root, row.model, threads, is_dry))
             record = run_row(Bench(field, deadline), row)
             console.print(
-                f"{threads} thread{'s' * (threads > 1)}  {row.name}: {_outcome(record)}", markup=False, highlight=False
+                f"{threads} thread{'s' * (threads > 1)}  {row.name}: {outcome(record)}", markup=False, highlight=False
             )
             found["rows"].append(record.to_dict())
             found["not_run"].remove(row.name)
@@ -97,7 +96,8 @@ def without_paths(content: Any) -> Any:
     return json.loads(re.sub(r"(?<![\w:/])(?:/[\w.+-]+)+/", "", json.dumps(content)))
 
 
-def _outcome(record: Record) -> str:
+def outcome(record: Record) -> str:
+    """A line for the console."""
     if record.problem is not None:
         return f"wrong: {record.problem.strip().splitlines()[-1]}"
     return record.reason or f"{record.rounds} rounds"
@@ -134,16 +134,8 @@ def run(
         Whether nothing is wrong.
     """
     started = time.time()
-    device = processor()
-    result: dict[str, Any] = {
-        "device": device,
-        "versions": versions(PACKAGES),
-        "commit": commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "dry": is_dry,
-        "minutes": 0.0,
-        "runs": [],
-    }
+    result = heading(PACKAGES, is_dry)
+    device = result["device"]
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         models = [model for model in (MINILM, BASE) if any(row.model == model for row in chosen)]

@@ -2,7 +2,8 @@
 
 from .attention_interface import register_attention
 from .core import restore, swap
+from .patch import patch, unpatch
 from .report import report
 from .verify import VerificationError, verify
 
-__all__ = ["VerificationError", "register_attention", "report", "restore", "swap", "verify"]
+__all__ = ["VerificationError", "patch", "register_attention", "report", "restore", "swap", "unpatch", "verify"]

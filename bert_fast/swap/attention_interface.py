@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional, ops
-from ..masking import PackedBatch, make_tiles, unpad
+from ..masking import PackedBatch, from_flattened, unpad
 from .core import is_off
 from .parts import tracing_refusal
 
@@ -162,21 +162,11 @@ def _is_causal(module: nn.Module, is_causal: bool | None) -> bool:
 def _texts_in_a_row(cu_seqlens: Tensor, query: Tensor) -> PackedBatch:
     """The batch of texts that a collator has put into one row without padding."""
     rows = query.shape[2]
-    bounds = cu_seqlens.to("cpu", torch.int32)
-    if query.shape[0] != 1 or int(bounds[-1]) != rows:
-        raise ValueError(f"cu_seq_lens_q ends with {int(bounds[-1])}; the queries are {query.shape[0]} rows of {rows}")
-    lengths = bounds.diff()
-    return PackedBatch(
-        ids=None,
-        positions=torch.arange(rows),
-        token_types=None,
-        cu_seqlens=bounds,
-        max_seqlen=int(lengths.max()),
-        indices=None,
-        tiles=make_tiles(bounds),
-        num_keys=lengths,
-        shape=(1, rows),
-    ).to(query.device)
+    if query.shape[0] != 1 or int(cu_seqlens[-1]) != rows:
+        raise ValueError(
+            f"cu_seq_lens_q ends with {int(cu_seqlens[-1])}; the queries are {query.shape[0]} rows of {rows}"
+        )
+    return from_flattened(cu_seqlens, device=query.device)
 
 
 def _same_text(cu_seqlens: Tensor, length: int) -> Tensor:

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
-from .bert_shaped import BertShaped
+from .bert_shaped import TOKEN_HEADS, BertShaped
+from .family import TokenHead
 
-FAMILY = BertShaped("BERT", "transformers.models.bert.modeling_bert", "Bert").family()
+PRETRAINING = TokenHead(("prediction_logits",), is_of_vocabulary=True, text_labels=("next_sentence_label",))
+
+FAMILY = BertShaped(
+    "BERT",
+    "transformers.models.bert.modeling_bert",
+    "Bert",
+    token_heads={**TOKEN_HEADS, "ForPreTraining": PRETRAINING},
+).family()

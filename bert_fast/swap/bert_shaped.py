@@ -16,8 +16,8 @@ from .. import nn as fast
 from ..config import BertConfig
 from ..graphs import GraphRunner
 from ..guard import Kept
-from ..masking import PackedBatch, unpad
-from .family import FIRST_ROWS, Call, Family, Read, kept_rows
+from ..masking import PackedBatch, from_flattened, unpad
+from .family import FIRST_ROWS, Call, Family, PackedRead, Read, TokenHead, kept_rows
 from .parts import Layer, Refused, activation_in, is_listened_to, leaf, stack_of, tracing_refusal
 
 # Arguments that the fast path serves; any other one that is given a value takes the original path.
@@ -32,8 +32,16 @@ SERVED = frozenset(
         "output_hidden_states",
         "return_dict",
         "use_cache",
+        "cu_seq_lens_q",
+        "cu_seq_lens_k",
+        "max_length_q",
+        "max_length_k",
+        "seq_idx",
     }
 )
+
+# What says, in transformers, that texts stand side by side in one row without padding.
+FLATTENED = ("cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 # transformers' names for kernels that compute one and the same attention.
 STANDARD_ATTENTION = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "bert_fast")
@@ -85,7 +93,9 @@ class Rotary(NamedTuple):
 
     def values(self, hidden: Tensor, batch: PackedBatch, has_positions: bool) -> fast.Rotations:
         """Those of a batch; unless it has positions of its own they are columns, of which there are few."""
-        columns = batch.positions if has_positions else torch.arange(batch.shape[1], device=hidden.device)
+        # Of texts in one row, the longest has the most columns.
+        length = batch.max_seqlen if batch.shape[0] == 1 and len(batch.cu_seqlens) > 2 else batch.shape[1]
+        columns = batch.positions if has_positions else torch.arange(length, device=hidden.device)
         tables = {}
         for kind in self.used:
             cosines, sines = self.module(hidden[None], columns[None], kind)
@@ -200,9 +210,20 @@ def _argument_refusal(model: Any, call: Call) -> str | None:
         return f"attention_mask is a {type(mask).__name__}"
     if mask is not None and mask.dim() != 2:
         return f"attention_mask has {mask.dim()} dimensions"
+    if (reason := _flattened_refusal(call)) is not None:
+        return reason
     if (call.get("input_ids") is None) == (call.get("inputs_embeds") is None):
         return "exactly one of input_ids and inputs_embeds is needed"
     return None
+
+
+def _flattened_refusal(call: Call) -> str | None:
+    bounds, others = call.get("cu_seq_lens_q"), [name for name in FLATTENED if call.get(name) is not None]
+    if bounds is None:
+        return f"{others[0]} is given without cu_seq_lens_q" if others else None
+    if call.get("attention_mask") is not None:
+        return "attention_mask is given beside cu_seq_lens_q"
+    return "texts in one row cannot be told apart while the call is traced" if torch.compiler.is_compiling() else None
 
 
 def _mode_refusal(model: Any, checkpointed: Iterable[Any]) -> str | None:
@@ -224,11 +245,30 @@ def _has_holes(rows: Tensor) -> Tensor:
     return starts.sum(1) + rows[:, :1].sum(1) > 1
 
 
-def spread_refusal(call: Call, *, reads_first: bool, allows_hidden: bool) -> str | None:
+def _read_rows(model: Any, call: Call) -> Tensor | None:
+    """(batch, length) bool: what is read although the mask hides it; None: nothing.
+
+    That are the rows that a head is known to read, and tokens under the mask that are no padding, such as the [MASK]
+    tokens that expand ColBERT's queries (Khattab and Zaharia 2020, section 3.2), which attend but are not attended to.
+    """
+    read, ids, mask = kept_rows.get(), call.get("input_ids"), call.get("attention_mask")
+    rows = read if isinstance(read, Tensor) else None
+    padding = getattr(model.config, "pad_token_id", None)
+    if read is FIRST_ROWS or ids is None or mask is None or padding is None or mask.shape != ids.shape:
+        return rows
+    hidden: Tensor = (mask.to(ids.device) == 0) & (ids != padding)
+    if not torch.compiler.is_compiling() and not bool(hidden.any()):
+        return rows
+    # Labels that do not fit are left to the head, whose own error says so.
+    return hidden if rows is None or rows.shape != hidden.shape else rows.to(hidden.device) | hidden
+
+
+def spread_refusal(model: Any, call: Call, *, reads_first: bool, allows_hidden: bool) -> str | None:
     """Why packed rows are not as far apart as their columns, where attention depends on distances; None: they are.
 
     Args:
-        call: the encoder's.
+        model: the encoder.
+        call: its arguments.
         reads_first: whether each text's first row is read, whatever the mask says.
         allows_hidden: whether rows may follow the last key of a text.
     """
@@ -238,11 +278,9 @@ def spread_refusal(call: Call, *, reads_first: bool, allows_hidden: bool) -> str
     if torch.compiler.is_compiling():
         return "relative positions need a look at the mask, which cannot be had while the call is traced"
     keys = mask.detach() != 0
-    read = kept_rows.get()
-    rows = keys
-    if isinstance(read, Tensor) and read.shape == keys.shape:
-        rows = keys | read.to(keys.device)
-    if read is FIRST_ROWS or reads_first:
+    read = _read_rows(model, call)
+    rows = keys if read is None or read.shape != keys.shape else keys | read.to(keys.device)
+    if kept_rows.get() is FIRST_ROWS or reads_first:
         rows = rows.clone()
         rows[:, :1] = True
     begins_elsewhere = keys.any(1) & (rows.long().argmax(1) != keys.long().argmax(1))
@@ -401,6 +439,13 @@ HEADS: Mapping[str, HeadRows] = {
 }
 
 
+TOKEN_HEADS: Mapping[str, TokenHead] = {
+    "ForMaskedLM": TokenHead(is_of_vocabulary=True),
+    "ForQuestionAnswering": TokenHead(("start_logits", "end_logits"), competes=True),
+    "ForTokenClassification": TokenHead(),
+}
+
+
 @dataclass(frozen=True, eq=False)
 class BertShaped:
     """A family whose modules have BERT's names and do what BERT's do.
@@ -410,6 +455,7 @@ class BertShaped:
         module: the Python module that defines the classes.
         prefix: of the classes' names.
         heads: what heads read of the encoder, by the rest of their names; see Family.kept_rows.
+        token_heads: those of them that say something of each token; see Family.token_heads.
         layers: the encoder's attribute for the module that holds its layers.
         bert_names: of a layer's parts in the state, where BERT calls them otherwise -> what BERT calls them.
     """
@@ -418,6 +464,7 @@ class BertShaped:
     module: str
     prefix: str
     heads: Mapping[str, HeadRows] = field(default_factory=lambda: HEADS)
+    token_heads: Mapping[str, TokenHead] = field(default_factory=lambda: TOKEN_HEADS)
     layers: str = "encoder"
     bert_names: Mapping[str, str] = field(default_factory=dict)
 
@@ -434,6 +481,8 @@ class BertShaped:
             oracle=self.oracle,
             view=self.view,
             kept_rows={f"{self.prefix}{head}": rows for head, rows in self.heads.items()},
+            pack=self.pack,
+            token_heads={f"{self.prefix}{head}": kind for head, kind in self.token_heads.items()},
         )
 
     # ---- what families differ in ----
@@ -441,6 +490,10 @@ class BertShaped:
     def positions(self, model: Any, call: Call) -> Tensor | None:  # noqa: ARG002
         """(batch, length), where a call says nothing of positions; None: the columns."""
         return None
+
+    def flat_positions(self, model: Any, columns: Tensor) -> Tensor:  # noqa: ARG002
+        """Those of texts in one row, given each token's place in its text."""
+        return columns
 
     def longest(self, model: Any) -> int | None:
         """Columns for which the position table surely lasts; None: nobody knows."""
@@ -595,6 +648,8 @@ class BertShaped:
             )
         if shape[1] == 0:
             raise ValueError(f"input_ids or inputs_embeds has shape {tuple(source.shape)}; a length above 0 is needed")
+        if call.get("cu_seq_lens_q") is not None:
+            return self._pack_flattened(model, call, source, device)
         positions = call.get("position_ids")
         if positions is None:
             positions = self.positions(model, call)
@@ -606,20 +661,49 @@ class BertShaped:
             raise ValueError(f"attention_mask has shape {tuple(mask.shape)} and the batch {shape}")
         has_types = hasattr(model.embeddings, "token_type_embeddings")
         types = call.get("token_type_ids") if has_types else None
-        read = kept_rows.get()
-        # Labels that do not fit are left to the head, whose own error says so.
-        keep = read if isinstance(read, Tensor) and tuple(read.shape) == shape else None
+        read = _read_rows(model, call)
+        keep = None if read is None or tuple(read.shape) != shape else read
         batch = unpad(
             mask,
             ids=ids,
             token_types=None if types is None else types.expand(shape),
             keep=keep,
-            keep_first=read is FIRST_ROWS or _pooler(model) is not None,
+            keep_first=kept_rows.get() is FIRST_ROWS or _pooler(model) is not None,
             device=source.device if device is None else device,
         )
         if positions is not None:
             batch = replace(batch, positions=batch.select(positions.expand(shape)).to(batch.positions.device))
         return batch, None if embeds is None else batch.select(embeds)
+
+    def _pack_flattened(
+        self, model: Any, call: Call, source: Any, device: torch.device | str | None
+    ) -> tuple[PackedBatch, Tensor | None]:
+        """The same for texts that stand side by side in one row."""
+        bounds = call["cu_seq_lens_q"]
+        shape = tuple(source.shape[:2])
+        if bounds.dim() != 1 or shape[0] != 1 or len(bounds) == 0 or int(bounds[-1]) != shape[1]:
+            raise ValueError(
+                f"cu_seq_lens_q has shape {tuple(bounds.shape)} and ends with {bounds.flatten()[-1:].tolist()}; the "
+                f"batch is {shape[0]} rows of {shape[1]}, and one row, up to whose end the texts go, is needed"
+            )
+
+        def row(name: str) -> Tensor | None:
+            value = call.get(name)
+            return None if value is None else value.expand(shape)[0]
+
+        has_types = hasattr(model.embeddings, "token_type_embeddings")
+        types = row("token_type_ids") if has_types else None
+        place = source.device if device is None else device
+        batch = from_flattened(
+            bounds, ids=row("input_ids"), token_types=types, positions=row("position_ids"), device=place
+        )
+        if call.get("position_ids") is None:
+            longest = self.longest(model)
+            if longest is not None and batch.max_seqlen > longest:
+                raise ValueError(f"a text has length {batch.max_seqlen}; the position table lasts for {longest}")
+            batch = replace(batch, positions=self.flat_positions(model, batch.positions))
+        embeds = call.get("inputs_embeds")
+        return batch, None if embeds is None else embeds[0]
 
     def _check_length(self, model: Any, length: int, positions: Tensor | None) -> None:
         longest = self.longest(model)
@@ -631,12 +715,26 @@ class BertShaped:
 
     def run(self, model: Any, call: Call, parts: Plan) -> Any:
         """The encoder's forward, without padding between the embeddings and the last layer."""
+        read = kept_rows.get()
+        if isinstance(read, PackedRead) and read.encoder is model:
+            return self._run_packed(model, call, parts, read)
         wanted = _wanted_states(model, call, len(parts.layers) + 1)
         output = None
-        if kept_rows.get() is FIRST_ROWS and wanted is None and not self._is_watched(model):
+        is_flattened = call.get("cu_seq_lens_q") is not None
+        if read is FIRST_ROWS and wanted is None and (is_flattened or not self._is_watched(model)):
             output = self._run_for_first_rows(model, call, parts)
         if output is None:
             output = self._run(model, call, parts, wanted)
+        return self.as_tuple(output) if _setting(model, call, "return_dict") is False else output
+
+    def _run_packed(self, model: Any, call: Call, parts: Plan, read: PackedRead) -> Any:
+        """The output with the rows that a head reads, in one row."""
+        if read.hidden is None:
+            read.hidden = _encode(model, parts, read.batch, read.embeds, None, call.get("position_ids") is not None)
+        pooler = _pooler(model)
+        pooled = None if pooler is None else pooler(read.hidden.index_select(0, read.batch.first_rows)[:, None])
+        rows = read.hidden if read.rows is None else read.hidden.index_select(0, read.rows)
+        output = self.output(rows[:, None] if read.is_of_texts else rows[None], pooled, None)
         return self.as_tuple(output) if _setting(model, call, "return_dict") is False else output
 
     def _run(self, model: Any, call: Call, parts: Plan, wanted: list[bool] | None) -> Any:
@@ -649,13 +747,18 @@ class BertShaped:
             has_positions = call.get("position_ids") is not None
             hidden = _encode(model, parts, batch, embeds, None if wanted is None else kept, has_positions)
         sequence = batch.pad(hidden)
+        # Texts in one row have a first token each.
+        firsts = (
+            hidden.index_select(0, batch.first_rows)[:, None] if call.get("cu_seq_lens_q") is not None else sequence
+        )
         pooler = _pooler(model)
         hidden_states: Any = None
         if wanted is not None:
             *others, last = wanted
             states = [batch.pad(x) if is_wanted else None for x, is_wanted in zip(kept[:-1], others, strict=True)]
             hidden_states = (*states, sequence if last else None)
-        return self.output(sequence, None if pooler is None else pooler(sequence), hidden_states)
+        pooled = None if pooler is None else pooler(firsts)
+        return self.output(firsts if kept_rows.get() is FIRST_ROWS else sequence, pooled, hidden_states)
 
     def _replayed(self, model: Any, call: Call, parts: Plan, runner: GraphRunner) -> tuple[PackedBatch, Tensor]:
         """The batch and its (tokens, hidden_size); the batch goes through the host, since the mask does anyway."""
@@ -687,17 +790,24 @@ class BertShaped:
 
     def _run_for_first_rows(self, model: Any, call: Call, parts: Plan) -> Any:
         """The output, whose last hidden state (batch, 1, hidden_size) was computed for the first rows alone; None: the
-        engine does not serve."""
-        word: Any = parts.embeddings.word
-        if engine.why_not(parts.stack, word.weight) is not None:
+        call is replayed from a graph."""
+        if _runner(model, call, parts.embeddings.word) is not None:
             return None
         batch, embeds = self.pack(model, call)
         hidden = _embed(parts, batch, embeds)
         extras = parts.extras(hidden, batch, call.get("position_ids") is not None)
-        outputs = engine.encode(model, parts.stack, hidden, batch, **extras, rows=batch.first_rows)
-        if outputs is None:
-            return None
-        first = parts.finish(outputs[-1])[:, None]
+        rows = batch.first_rows
+        outputs = engine.encode(model, parts.stack, hidden, batch, **extras, rows=rows)
+        if outputs is not None:
+            hidden = outputs[-1]
+        else:
+            for layer in parts.layers[:-1]:
+                hidden = fast.encoder_layer(layer, hidden, batch, **extras)
+            if parts.layers:
+                hidden = fast.encoder_layer(parts.layers[-1], hidden, batch, rows, **extras)
+            else:
+                hidden = hidden.index_select(0, rows)
+        first = parts.finish(hidden)[:, None]
         pooler = _pooler(model)
         return self.output(first, None if pooler is None else pooler(first), None)
 

@@ -24,10 +24,11 @@ from ..graphs import GraphRunner
 from .bert import FAMILY as BERT
 from .distilbert import DISTILBERT
 from .electra import ELECTRA
-from .family import Call, Family, Rounding, kept_rows
+from .family import Family, PackedRead, Rounding, kept_rows
 from .modernbert import MODERNBERT
 from .mpnet import MPNET
 from .roberta import CAMEMBERT, ROBERTA, XLM_ROBERTA
+from .token_heads import flattened_forward, packed_forward
 from .torch_encoder import TRANSFORMER_ENCODER, TRANSFORMER_ENCODER_LAYER
 
 FAMILIES: tuple[Family, ...] = (
@@ -121,7 +122,8 @@ def _encoder_class(base: Any, family: Family) -> type[nn.Module]:
         if not fits(args, kwargs):  # the original's own error says what is wrong
             return base.forward(self, *args, **kwargs)
         call = bind(names, args, kwargs)
-        plan = family.plan(self, call)
+        read = kept_rows.get()
+        plan = read.plan if isinstance(read, PackedRead) and read.encoder is self else family.plan(self, call)
         if isinstance(plan, str):
             count(self, plan)
             return base.forward(self, *args, **kwargs)
@@ -132,11 +134,21 @@ def _encoder_class(base: Any, family: Family) -> type[nn.Module]:
 
 
 @functools.cache
-def _head_class(base: Any, family: Family, rows_of: Callable[[Any, Call], Any]) -> type[nn.Module]:
-    names = argument_names(base.forward)
+def _head_class(base: Any, family: Family, name: str) -> type[nn.Module]:
+    names, fits = argument_names(base.forward), _fitting(base.forward)
+    rows_of, token_head = family.kept_rows[name], family.token_heads.get(name)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return kept_rows.call(rows_of(self, bind(names, args, kwargs)), base.forward, self, *args, **kwargs)
+        call = bind(names, args, kwargs)
+        rows = rows_of(self, call)
+        if fits(args, kwargs):
+            if token_head is None:
+                output = flattened_forward(family, self, call, base.forward, rows)
+            else:
+                output = packed_forward(family, token_head, self, call, base.forward, rows)
+            if output is not None:
+                return output
+        return kept_rows.call(rows, base.forward, self, *args, **kwargs)
 
     return _make_class(base, family, forward)
 
@@ -179,10 +191,10 @@ def _class_maker(base: Any) -> Callable[[], type[nn.Module]] | None:
             getattr(base, step, None) is getattr(encoder, step, None) for step in family.steps
         ):
             return functools.partial(_encoder_class, base, family)
-        for name, rows_of in family.kept_rows.items():
+        for name in family.kept_rows:
             head = getattr(module, name, None)
             if head is not None and issubclass(base, head) and base.forward is head.forward:
-                return functools.partial(_head_class, base, family, rows_of)
+                return functools.partial(_head_class, base, family, name)
     return None
 
 
@@ -256,6 +268,13 @@ def swap(
         elif not cuda_graphs:
             encoder.__dict__.pop("bert_fast_graphs", None)
     return model
+
+
+def knows(model: nn.Module) -> bool:
+    """Whether there is an encoder in the model that swap would swap, or has swapped."""
+    if next(swapped_encoders(model), None) is not None:
+        return True
+    return any(_is_encoder_class(cls) for _, cls in _swapped_classes(model))
 
 
 def _check_options(int8: bool, int8_exact: Sequence[str], bf16: bool) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import engine
+from ..masking import PackedBatch
 
 Call = Mapping[str, Any]
 """The arguments of a forward call by name, defaults left out."""
@@ -22,13 +23,38 @@ class FirstRows:
 
 FIRST_ROWS = FirstRows()
 
-Read = Tensor | FirstRows | None
+
+@dataclass(eq=False)
+class PackedRead:
+    """A head that takes the encoder's last hidden state as packed rows, (1, rows, hidden_size).
+
+    Attributes:
+        encoder: that it reads.
+        plan: what the encoder runs on.
+        batch: the batch without padding.
+        embeds: (tokens, hidden_size), its inputs_embeds; None where it has ids.
+        rows: (rows,) int64, the packed rows that it reads; None: all.
+        is_of_texts: whether those are each text's first, so that it gets (texts, 1, hidden_size).
+        hidden: (tokens, hidden_size), the last hidden state, once it is there.
+    """
+
+    encoder: Any
+    plan: Any
+    batch: PackedBatch
+    embeds: Tensor | None
+    rows: Tensor | None
+    is_of_texts: bool = False
+    hidden: Tensor | None = None
+
+
+Read = Tensor | FirstRows | PackedRead | None
 
 
 class KeptRows:
     """What a head reads of its encoder, set around the encoder's call.
 
-    Rows (batch, length) bool that it reads although the mask hides them, or FIRST_ROWS; None: what everybody reads.
+    Rows (batch, length) bool that it reads although the mask hides them, FIRST_ROWS, or a PackedRead; None: what
+    everybody reads.
 
     torch.compile traces no context variables. While it traces, an attribute serves instead: what is traced is one call,
     and the graph that comes of it holds the rows themselves.
@@ -72,6 +98,21 @@ class Rounding:
     exact: tuple[str, ...] = ()
 
 
+class TokenHead(NamedTuple):
+    """
+    Attributes:
+        logits: names of the outputs with an entry for each token.
+        is_of_vocabulary: whether there are so many classes that only labelled rows are worth it.
+        competes: whether the tokens of a text are compared with one another; padding then has the lowest number.
+        text_labels: arguments with a label for each text.
+    """
+
+    logits: tuple[str, ...] = ("logits",)
+    is_of_vocabulary: bool = False
+    competes: bool = False
+    text_labels: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, eq=False)
 class Family:
     """
@@ -86,6 +127,8 @@ class Family:
         widths: operator -> size of the dimension that its kernel works along, for an encoder.
         oracle: the encoder's last hidden state (batch, length, hidden_size), in float64 on the CPU.
         view: the same of an output, and (batch, length) bool where tokens are, on the CPU; None: everywhere.
+        pack: the batch of a call without padding, and its inputs_embeds (tokens, hidden_size), if those were given.
+        token_heads: heads that say something of each token -> what they are like.
         kept_rows: for heads that read other rows than all that the mask shows: class -> (head, call -> what it reads).
     """
 
@@ -100,3 +143,5 @@ class Family:
     oracle: Callable[[Any, Call], Tensor]
     view: Callable[[Any, Call, Any], tuple[Tensor, Tensor | None]]
     kept_rows: Mapping[str, Callable[[Any, Call], Read]]
+    pack: Callable[[Any, Call], tuple[PackedBatch, Tensor | None]] | None = None
+    token_heads: Mapping[str, TokenHead] = field(default_factory=dict)

@@ -107,7 +107,7 @@ class ModernBertShaped(BertShaped):
                 return f"rotary positions of type {kind!r} depend on the padding"
         # Where no key is within the window SDPA gives zeros, as we do, but the eager formula the mean of everything.
         is_eager = getattr(model.config, "_attn_implementation", None) == "eager"
-        return spread_refusal(call, reads_first=False, allows_hidden=not is_eager)
+        return spread_refusal(model, call, reads_first=False, allows_hidden=not is_eager)
 
     def output(self, sequence: Tensor, pooled: Tensor | None, hidden_states: tuple[Tensor, ...] | None) -> Any:  # noqa: ARG002
         from transformers.modeling_outputs import BaseModelOutput

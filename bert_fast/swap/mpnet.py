@@ -66,7 +66,7 @@ class MPNetShaped(RobertaShaped):
 
     def refusal(self, model: Any, call: Call) -> str | None:
         has_pooler = getattr(model, "pooler", None) is not None
-        return spread_refusal(call, reads_first=has_pooler, allows_hidden=True)
+        return spread_refusal(model, call, reads_first=has_pooler, allows_hidden=True)
 
     def as_tuple(self, output: Any) -> tuple[Any, ...]:
         return with_gap(output)

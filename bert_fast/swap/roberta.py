@@ -24,6 +24,9 @@ class RobertaShaped(BertShaped):
         is_token: Tensor = ids != padding
         return is_token.cumsum(1) * is_token + padding
 
+    def flat_positions(self, model: Any, columns: Tensor) -> Tensor:
+        return columns + int(model.embeddings.padding_idx) + 1
+
     def longest(self, model: Any) -> int | None:
         longest = super().longest(model)
         return None if longest is None else longest - 1 - int(model.embeddings.padding_idx)
