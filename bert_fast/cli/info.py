@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
+import click
 import torch
 from rich.console import Console
 from rich.table import Table
 
 import bert_fast
 from bert_fast import _C, ops
+from bert_fast.swap.supported import MarkersError, markdown, renew
+
+__all__ = ["MarkersError", "show", "show_supported"]
 
 PACKAGES = ("torch", "triton", "transformers", "sentence-transformers", "tokenizers", "safetensors", "numpy")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -50,3 +55,15 @@ def show(console: Console) -> None:
                 choice = ops.choose(op, device, dtype, HEAD_SIZE if op == "attention" else WIDTH)
                 table.add_row(op, device, str(dtype).removeprefix("torch."), choice.path, choice.reason)
     console.print(table)
+
+
+def show_supported(file: Path | None) -> None:
+    """Prints what swap serves, or writes it into a file.
+
+    Raises:
+        MarkersError: the file has no place for it.
+    """
+    if file is None:
+        click.echo(markdown())
+    else:
+        renew(file)

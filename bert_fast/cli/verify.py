@@ -1,18 +1,25 @@
-"""bert-fast verify: a checkpoint, swapped, against itself and float64."""
+"""bert-fast verify: a checkpoint, or a small model of every class, swapped, against itself and float64."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
+from rich import box
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 import bert_fast
+from bert_fast.swap.core import FAST
+from bert_fast.swap.parity import HEADER, NUMBERS, Parity, Row, lines, markdown, rows
 
 from . import models
 
 BATCH_SIZE = 8
 SEED = 0
+NUMBER_WIDTH = 7  # 1.2e-07
 
 
 class CheckpointError(ValueError):
@@ -62,3 +69,38 @@ def run(console: Console, path: Path | None, device: torch.device) -> bool:
     console.print(str(result), highlight=False, markup=False, soft_wrap=True)
     console.print("[green]within bounds[/]" if result.is_within else "[bold red]out of bounds[/]")
     return result.is_within
+
+
+def run_all(console: Console, device: torch.device, markdown_file: Path | None, json_file: Path | None) -> bool:
+    """Prints the parity table and writes it where it is wanted; whether nothing is wrong."""
+    found: list[Row] = []
+    with models.quiet(), console.status("measuring") as status:
+        for row in rows(device=device):
+            found.append(row)
+            status.update(f"{row.family}: {row.model}")
+    parity = Parity(tuple(found), str(device))
+    show_parity(console, parity)
+    if markdown_file is not None:
+        markdown_file.write_text(markdown(parity), encoding="utf-8")
+    if json_file is not None:
+        json_file.write_text(json.dumps(parity.as_json(), indent=1) + "\n", encoding="utf-8")
+    return parity.is_right
+
+
+def show_parity(console: Console, parity: Parity) -> None:
+    """A table for each family, and a verdict."""
+    for family, group in lines(parity.rows).items():
+        table = Table(title=family, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        table.add_column("model", overflow="fold")
+        for name in HEADER[NUMBERS.start : NUMBERS.stop]:
+            table.add_column(name.replace(" ", "\n"), justify="right", min_width=NUMBER_WIDTH)
+        for line in group:
+            model, dtype, *numbers, path = line.cells
+            label = f"{model}, {dtype}" + ("" if path == FAST else f": {path}")
+            table.add_row(escape(label), *numbers, style="" if line.is_right else "bold red")
+        console.print(table)
+    wrong = sum(not line.is_right for group in lines(parity.rows).values() for line in group)
+    if parity.is_right:
+        console.print(f"[green]{len(parity.rows)} rows, all within bounds[/]; float64 of the same weights is the truth")
+    else:
+        console.print(f"[bold red]{wrong} lines are out of bounds or take the original path unexpectedly[/]")
