@@ -214,11 +214,11 @@ class _Packed:
         tensors = [
             None if x is None else x.detach() for x in self.stack.tensors[TENSORS * number : TENSORS * (number + 1)]
         ]
-        arrays = [None if x is None else x.float().numpy() for x in tensors]
+        arrays = [None if x is None else ops.array(x.float()) for x in tensors]
         if self.stack.dtype == torch.float32:
             watched = [array for at in WEIGHTS if (array := arrays[at]) is not None]
         else:
-            watched = [x.view(torch.int16).numpy() for x in tensors if x is not None]
+            watched = [ops.array(x.view(torch.int16)) for x in tensors if x is not None]
         self.encoder.add_layer(
             arrays,
             attention_eps,

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib.util import find_spec
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch._C import _to_dlpack as to_dlpack
+from torch.utils.dlpack import from_dlpack
 
 Path = Literal["triton", "cpp", "torch"]
 Op = Literal["attention", "layer_norm", "gelu", "embedding", "cross_entropy", "linear"]
@@ -116,7 +118,10 @@ def kernel_path(op: Op, x: Tensor, width: int) -> Literal["triton", "cpp"]:
 
 
 def array(x: Tensor) -> np.ndarray[Any, Any]:
-    return x.detach().numpy()
+    """x's memory. Through a storage of its own: `numpy()` forbids for good that x's is resized, as FSDP does."""
+    x = x.detach()
+    plain = from_dlpack(to_dlpack(x)) if type(x) is Tensor else x  # numpy() says that subclasses of tensors are refused
+    return cast("np.ndarray[Any, Any]", plain.numpy())
 
 
 def optional_array(x: Tensor | None) -> np.ndarray[Any, Any] | None:

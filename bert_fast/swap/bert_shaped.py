@@ -37,6 +37,7 @@ SERVED = frozenset(
         "max_length_q",
         "max_length_k",
         "seq_idx",
+        "num_items_in_batch",  # for the head's loss: transformers' Trainer gives it to every model, heads pass it on
     }
 )
 

@@ -334,11 +334,22 @@ def _exact_names(
     return result
 
 
+def _unswapped_class(cls: type[Swapped]) -> Any:
+    """What the class was before swap; where a framework has derived a class of its own from the swapped one, as FSDP
+    does, such a class derived from that."""
+    if "bert_fast_base" in cls.__dict__:
+        return cls.bert_fast_base
+    bases = tuple(_unswapped_class(base) if issubclass(base, Swapped) else base for base in cls.__bases__)
+    attributes = {name: x for name, x in cls.__dict__.items() if name not in ("__dict__", "__weakref__")}
+    metaclass: Any = type(cls)
+    return metaclass(cls.__name__, bases, attributes)
+
+
 def restore(model: Model) -> Model:
     """Undoes swap exactly, in place; a model that is not swapped stays as it is. Returns the same object."""
     for module in model.modules():
         if isinstance(module, Swapped):
-            module.__class__ = module.bert_fast_base  # type: ignore[assignment]
+            module.__class__ = _unswapped_class(type(module))
             engine.forget(module)
             for name in ("bert_fast_calls", "bert_fast_graphs", "bert_fast_rounding"):
                 module.__dict__.pop(name, None)

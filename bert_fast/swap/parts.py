@@ -102,10 +102,20 @@ def stack_of(model: Any, parts: list[Layer]) -> engine.Stack:
     return engine.stack(parts, rounding.products, exact)
 
 
+# Under these tensors have no values, or values that the C++ module would read and nobody record.
+TRACING_MODES = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
+
+
 def tracing_refusal() -> str | None:
     """Why no call at all is served now; None: some are."""
     if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
         return "the model is traced or exported"
     if torch._C._are_functorch_transforms_active():
         return "a function transform is active"
+    if torch.compiler.is_compiling():
+        return None
+    if any(torch._C._get_dispatch_mode(mode) is not None for mode in TRACING_MODES):
+        return "the model is traced or exported"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
     return None

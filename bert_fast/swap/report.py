@@ -69,7 +69,9 @@ class Report:
 
 
 def _parts(encoder: Any) -> tuple[Part, ...]:
-    parameter = next(encoder.parameters())
+    parameter = next(encoder.parameters(), None)
+    if parameter is None:  # the first FSDP keeps them elsewhere
+        return ()
     dtype, device = parameter.dtype, parameter.device.type
     widths = encoder.bert_fast_family.widths(encoder)
     parts = []
