@@ -278,7 +278,7 @@ def _feed_forward(parts: EncoderLayerParts, x: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Heads turned by their tokens' angles (Su et al. 2021, section 3.2.2), in float32 if x has fewer bits.
+    """Heads turned by their tokens' angles (Su et al. 2021, section 3.2.2), from float32 as in transformers.
 
     Args:
         x: (tokens, heads, head_size); features i and i + head_size / 2 are a point in the plane.
@@ -288,7 +288,7 @@ def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
         (tokens, heads, head_size) in x's dtype.
     """
     cosines, sines = cosines[:, None], sines[:, None]
-    first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
+    first, second = x.float().chunk(2, -1)
     return torch.cat((first * cosines - second * sines, second * cosines + first * sines), -1).to(x.dtype)
 
 
@@ -440,6 +440,16 @@ def _can_be_fused(parts: EmbeddingParts) -> bool:
     return len(dtypes) == 1 and getattr(parts.token_type, "padding_idx", None) is None
 
 
+def _words(table: nn.Module, batch: PackedBatch) -> Tensor:
+    """(tokens, width). From ids without memory torch's own table would read something."""
+    ids = batch.ids
+    assert ids is not None
+    if type(table) is nn.Embedding and ids.device != table.weight.device:
+        raise ValueError(f"input_ids is on {ids.device} and its table on {table.weight.device}; one device is needed")
+    words: Tensor = table(ids)
+    return words
+
+
 def embed(parts: EmbeddingParts, batch: PackedBatch, inputs_embeds: Tensor | None = None) -> Tensor:
     """Word, token-type and position embeddings, as far as there are any, normalised (Devlin et al. 2018, figure 2).
 
@@ -463,12 +473,13 @@ def embed(parts: EmbeddingParts, batch: PackedBatch, inputs_embeds: Tensor | Non
                 norm.weight, norm.bias, norm.eps, padding_idx=word.padding_idx,
                 position_padding_idx=position.padding_idx, dropout_p=rate,
             )  # fmt: skip
-    words = parts.word(batch.ids) if inputs_embeds is None else inputs_embeds
+    words = _words(parts.word, batch) if inputs_embeds is None else inputs_embeds
     positions = None if parts.position is None else parts.position(batch.positions)
-    if positions is not None and (words.shape[-1], words.device) != (positions.shape[-1], positions.device):
+    beside = parts.norm.weight if positions is None and is_plain_norm(parts.norm) else positions
+    if beside is not None and (words.shape[-1], words.device) != (beside.shape[-1], beside.device):
         raise ValueError(
-            f"inputs_embeds has width {words.shape[-1]} on {words.device}; {positions.shape[-1]} on "
-            f"{positions.device} is needed"
+            f"inputs_embeds has width {words.shape[-1]} on {words.device}; {beside.shape[-1]} on {beside.device} is "
+            "needed"
         )
     if parts.token_type is None:
         types = None

@@ -7,7 +7,7 @@ so it decides what the right answer is.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -170,7 +170,7 @@ class RotaryLayer(NamedTuple):
     Attributes:
         weights: tensors under the names of a layer of Hugging Face's ModernBertModel; "attn_norm" may be missing.
         num_heads: of the attention.
-        activation: "none" or "tanh" for GELU, or "relu".
+        activation: "none" or "tanh" for GELU, "relu", or any function.
         eps: of the two norms.
         window: how many rows from a query its farthest key may be; None: anywhere.
         cosines, sines: (batch or 1, length, head_size / 2), of the angles of each place.
@@ -178,7 +178,7 @@ class RotaryLayer(NamedTuple):
 
     weights: Mapping[str, Tensor]
     num_heads: int
-    activation: str
+    activation: str | Callable[[Tensor], Tensor]
     eps: float
     window: int | None
     cosines: Tensor
@@ -233,7 +233,10 @@ def _rotary_layer(layer: RotaryLayer, x: Tensor, keys: Tensor) -> Tensor:
     probabilities = probabilities.masked_fill(~is_seen.any(-1, keepdim=True), 0.0)
     x = x + linear("attn.Wo", torch.einsum("bhqk,bkhd->bqhd", probabilities, v).flatten(2))
     inner, gate = linear("mlp.Wi", normalise("mlp_norm", x)).chunk(2, -1)
-    inner = inner.clamp(min=0) if layer.activation == "relu" else gelu(inner, approximate=layer.activation)
+    if not isinstance(layer.activation, str):
+        inner = layer.activation(inner)
+    else:
+        inner = inner.clamp(min=0) if layer.activation == "relu" else gelu(inner, approximate=layer.activation)
     return x + linear("mlp.Wo", inner * gate)
 
 

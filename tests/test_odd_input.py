@@ -23,7 +23,7 @@ from models import (
     one_thread,  # noqa: F401
     transformers,
 )
-from test_families import FAMILIES, RIGHT, WITHOUT_TYPES
+from test_families import FAMILIES, WITHOUT_TYPES, rows_for, width_of
 from test_swap import assert_same_output, tensors
 from test_torch_encoder import WIDTH, Kind, at_tokens
 from torch import Tensor, nn
@@ -80,6 +80,11 @@ def models(kind: str, head: str = "Model", is_training: bool = False) -> tuple[A
 
 def has_types(kind: str) -> bool:
     return not kind.startswith(WITHOUT_TYPES)
+
+
+def has_position_table(kind: str) -> bool:
+    """Elsewhere positions are angles: every number, of whatever dtype, is one."""
+    return not kind.startswith("ModernBert")
 
 
 def ids_of(*shape: int) -> Tensor:
@@ -190,7 +195,7 @@ MASKS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("form", MASKS)
 @each_kind
 def test_masks(kind: str, form: str) -> None:
-    mask = mask_of(RIGHT if kind.startswith("MPNet") else MIXED)
+    mask = mask_of(rows_for(kind.partition("-")[0]))
     given = MASKS[form](mask)
     call = {"input_ids": ids_of(*mask.shape), "attention_mask": given}
     assert_like_the_original(models(kind), call, given.to(torch.complex64) != 0, has_answer=True)
@@ -219,11 +224,12 @@ FORMS: dict[str, Callable[[Tensor], Tensor]] = {
 def test_training(kind: str, rows: str, form: str) -> None:
     """Hidden states and gradients."""
     mask = mask_of(ROWS_OF[rows])
-    weights = torch.randn(*mask.shape, 51, generator=torch.Generator().manual_seed(5))[mask]
+    pair = models(kind, is_training=True)
+    weights = torch.randn(*mask.shape, width_of(pair[0]), generator=torch.Generator().manual_seed(5))[mask]
     call = {"input_ids": ids_of(*mask.shape), "attention_mask": FORMS[form](mask)}
     grads = []
     states = []
-    for model in models(kind, is_training=True):
+    for model in pair:
         with any_path():
             output = model(**call, output_hidden_states=True, return_dict=False)
         assert type(output) is tuple
@@ -368,8 +374,8 @@ def test_too_long(kind: str, what: str) -> None:
         call["attention_mask"] = tokens
     elif what == "types":
         call["token_type_ids"] = torch.zeros(2, 38).long()
-    says = r"length 38; max_position_embeddings is 37"
-    assert_like_the_original(models(kind), call, tokens, says, has_answer=False)
+    says = r"length 38; max_position_embeddings is 37" if has_position_table(kind) else None
+    assert_like_the_original(models(kind), call, tokens, says, has_answer=says is None)
     # There is no such limit where positions are given.
     call |= {"position_ids": torch.arange(38)[None] % 31, "token_type_ids": torch.zeros(2, 38).long()}
     assert_like_the_original(models(kind), call, tokens, has_answer=True)
@@ -400,9 +406,11 @@ def sparse_call(kind: str, name: str) -> Call:
 def test_indices_of_another_dtype(kind: str, name: str) -> None:
     """Only int32 and int64 are indices to torch."""
     call = sparse_call(kind, name)
+    is_index = name != "position_ids" or has_position_table(kind)
     for dtype in (torch.float32, torch.float16, torch.bool, torch.int8, torch.int16, torch.uint8):
         odd = {**call, name: call[name].to(dtype)}
-        assert_like_the_original(models(kind), odd, TOKENS, f"has dtype {dtype}", has_answer=False)
+        says = f"has dtype {dtype}" if is_index else None
+        assert_like_the_original(models(kind), odd, TOKENS, says, has_answer=not is_index)
     for narrow in (call[name].int(), call[name].int().T.contiguous().T):
         assert_like_the_original(models(kind), {**call, name: narrow}, TOKENS, has_answer=True)
 
@@ -410,12 +418,18 @@ def test_indices_of_another_dtype(kind: str, name: str) -> None:
 @pytest.mark.parametrize("value", [-1, None, 10**9, 2**40, -(2**62)], ids=str)
 @each_name
 def test_indices_out_of_range(kind: str, name: str, value: int | None) -> None:
-    """An error at tokens; what nobody reads may hold anything."""
+    """An error at tokens, and at words under the mask; of padding nobody reads where it would stand."""
     call = sparse_call(kind, name)
+    is_index = name != "position_ids" or has_position_table(kind)
     entry = torch.tensor(ENTRIES[name] if value is None else value)
     odd = call[name].index_put((torch.tensor(1), torch.tensor(2)), entry)
-    assert_like_the_original(models(kind), {**call, name: odd}, TOKENS, OUT_OF_RANGE, has_answer=False)
+    says = OUT_OF_RANGE if is_index else None
+    assert_like_the_original(models(kind), {**call, name: odd}, TOKENS, says, has_answer=not is_index)
     odd = call[name].index_put((torch.tensor(1), torch.tensor(9)), entry)
+    if name == "input_ids":
+        assert_like_the_original(models(kind), {**call, name: odd}, TOKENS, says)
+        return
+    call["input_ids"] = call["input_ids"].masked_fill(~TOKENS, models(kind)[0].config.pad_token_id)
     expected = attempt(models(kind)[0], **call)
     for has_grad in (True, False):
         found = attempt(models(kind)[1], has_grad=has_grad, **{**call, name: odd})
@@ -424,17 +438,14 @@ def test_indices_out_of_range(kind: str, name: str, value: int | None) -> None:
 
 
 @each_family
-def test_the_pooler_reads_a_hidden_id(kind: str) -> None:
-    """The first column's, whatever the mask says of it."""
+def test_a_hidden_word_out_of_range(kind: str) -> None:
+    """It is computed, as the original does, since somebody may read it."""
     ids = ids_of(*BATCH)
     ids[2, 0] = 97
     mask = TOKENS & (torch.arange(13) > 0)
     for has_grad in (True, False):
         found = attempt(models(kind)[1], ids, mask, has_grad=has_grad)
-        if hasattr(models(kind)[0], "pooler"):
-            assert_error(found, IndexError(), OUT_OF_RANGE)
-        else:
-            assert_finite(found)
+        assert_error(found, IndexError(), OUT_OF_RANGE)
 
 
 ROW = torch.arange(13)
@@ -793,6 +804,12 @@ CHOICES: dict[str, Call] = {
     "left": {"input_ids": ids_of(2, 2, 13), "attention_mask": TOKENS.flip(1).view(2, 2, 13)},
     "one choice": {"input_ids": ids_of(4, 1, 13), "attention_mask": TOKENS[:, None]},
     "mask in 2-D": {"input_ids": ids_of(2, 2, 13), "attention_mask": TOKENS},
+    # ModernBERT's head reads the place where the mask is largest.
+    "soft mask": {"input_ids": ids_of(2, 2, 13), "attention_mask": MASKS["soft"](TOKENS).view(2, 2, 13)},
+    "numbers of texts": {"input_ids": ids_of(2, 2, 13), "attention_mask": (TOKENS * (1 + ROW // 4)).view(2, 2, 13)},
+    "bool mask": {"input_ids": ids_of(2, 2, 13), "attention_mask": TOKENS.view(2, 2, 13)},
+    "negative mask": {"input_ids": ids_of(2, 2, 13), "attention_mask": -TOKENS.long().view(2, 2, 13)},
+    "infinite mask": {"input_ids": ids_of(2, 2, 13), "attention_mask": MASKS["added -inf"](TOKENS).view(2, 2, 13)},
     "ids in 2-D": {"input_ids": ids_of(*BATCH), "attention_mask": TOKENS},
     "ids in 1-D": {"input_ids": ids_of(13)},
     "ids in 4-D": {"input_ids": ids_of(2, 2, 1, 13)},

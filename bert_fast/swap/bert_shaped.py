@@ -359,13 +359,16 @@ def _structure(parts: Plan) -> Iterator[Any]:
             yield getattr(item, "eps", None)
 
 
-def _runner(model: Any, call: Call, word: Any) -> GraphRunner | None:
+def _runner(model: Any, call: Call, parts: Plan) -> GraphRunner | None:
     """What replays the call, if that is wanted and its work is the same for every batch of a bucket."""
     runner: GraphRunner | None = model.__dict__.get("bert_fast_graphs")
     if runner is None or model.training or call.get("input_ids") is None or torch.compiler.is_compiling():
         return None
     if torch.is_grad_enabled() or _setting(model, call, "output_hidden_states"):
         return None
+    if parts.rotary is not None and call.get("position_ids") is not None:
+        return None  # a graph's are whole numbers of 32 bits
+    word: Any = parts.embeddings.word
     weight = word.weight
     if ops.choose("layer_norm", weight.device.type, weight.dtype, weight.shape[1]).path != "triton":
         return None
@@ -510,6 +513,10 @@ class BertShaped:
         """What is added to attention's scores."""
         return None
 
+    def is_current(self, model: Any, plan: Plan) -> bool:  # noqa: ARG002
+        """Whether the configuration says what it said when the plan was made; nobody watches its inside."""
+        return True
+
     def widths(self, model: Any) -> Mapping[str, int]:
         """By operator; see Family."""
         config = model.config
@@ -623,7 +630,11 @@ class BertShaped:
         try:
             if torch.compiler.is_compiling():
                 return self.parts(model)
-            return _plans.get(model, functools.partial(self.parts, model))
+            plan = _plans.get(model, functools.partial(self.parts, model))
+            if not self.is_current(model, plan):
+                _plans.forget(model)
+                plan = _plans.get(model, functools.partial(self.parts, model))
+            return plan
         except Refused as refused:
             return refused.text(model)
 
@@ -740,7 +751,7 @@ class BertShaped:
 
     def _run(self, model: Any, call: Call, parts: Plan, wanted: list[bool] | None) -> Any:
         kept: list[Tensor] = []
-        runner = _runner(model, call, parts.embeddings.word)
+        runner = _runner(model, call, parts)
         if runner is not None:
             batch, hidden = self._replayed(model, call, parts, runner)
         else:
@@ -792,7 +803,7 @@ class BertShaped:
     def _run_for_first_rows(self, model: Any, call: Call, parts: Plan) -> Any:
         """The output, whose last hidden state (batch, 1, hidden_size) was computed for the first rows alone; None: the
         call is replayed from a graph."""
-        if _runner(model, call, parts.embeddings.word) is not None:
+        if _runner(model, call, parts) is not None:
             return None
         batch, embeds = self.pack(model, call)
         hidden = _embed(parts, batch, embeds)

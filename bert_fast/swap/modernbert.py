@@ -22,8 +22,8 @@ from .bert_shaped import (
     labelled,
     spread_refusal,
 )
-from .family import Call, Read
-from .parts import Layer, Refused, activation_in, leaf, stack_of
+from .family import FIRST_ROWS, Call, Read
+from .parts import Layer, Refused, activation_in, activation_of, leaf, stack_of
 
 FULL, SLIDING = KINDS = ("full_attention", "sliding_attention")
 
@@ -34,6 +34,20 @@ LENGTH_DEPENDENT = ("dynamic", "longrope")
 def pooled_rows(model: Any, call: Call) -> Read:
     """Heads read the first token, or the mean of what the mask shows."""
     return first_rows(model, call) if model.config.classifier_pooling == "cls" else None
+
+
+def chosen_rows(model: Any, call: Call) -> Read:
+    """Multiple choice reads the place where the mask is largest, not the first: any number in a mask is a token."""
+    mask = call.get("attention_mask")
+    if model.config.classifier_pooling != "cls" or mask is None:
+        return pooled_rows(model, call)
+    if torch.compiler.is_compiling() or not isinstance(mask, Tensor) or mask.numel() == 0:
+        return None  # the fast path serves none of these
+    mask = mask.detach().reshape(-1, mask.shape[-1])
+    places = mask.argmax(1, keepdim=True)
+    if not places.any():
+        return FIRST_ROWS
+    return torch.zeros(mask.shape, dtype=torch.bool, device=mask.device).scatter(1, places, True)
 
 
 def _slices(linear: nn.Module, count: int, width: int) -> list[Slice]:
@@ -95,6 +109,9 @@ class ModernBertShaped(BertShaped):
             final_norm=leaf(model, "final_norm"),
         )
 
+    def is_current(self, model: Any, plan: Plan) -> bool:
+        return all(layer.window in (None, model.config.sliding_window) for layer in plan.layers)
+
     def widths(self, model: Any) -> Mapping[str, int]:
         return {**super().widths(model), "gelu": model.config.intermediate_size}
 
@@ -105,6 +122,9 @@ class ModernBertShaped(BertShaped):
         for kind in kinds.values():
             if kind in LENGTH_DEPENDENT:
                 return f"rotary positions of type {kind!r} depend on the padding"
+        positions = call.get("position_ids")
+        if isinstance(positions, Tensor) and positions.dim() != 2:  # such as would differ between heads
+            return f"position_ids has {positions.dim()} dimensions"
         # Where no key is within the window SDPA gives zeros, as we do, but the eager formula the mean of everything.
         is_eager = getattr(model.config, "_attn_implementation", None) == "eager"
         return spread_refusal(model, call, reads_first=False, allows_hidden=not is_eager)
@@ -128,16 +148,16 @@ class ModernBertShaped(BertShaped):
             return reference.layer_norm(x, norm.weight, bias, norm.eps)
 
         layers = []
-        for parts, layer in zip(self.parts(exact).layers, exact.layers, strict=True):
+        for layer in exact.layers:
             cosines, sines = exact.rotary_emb(embedded, positions, layer.attention_type)
-            half = parts.head_size // 2
+            half = cosines.shape[-1] // 2
             layers.append(
                 reference.RotaryLayer(
                     dict(layer.named_parameters()),
                     model.config.num_attention_heads,
-                    str(parts.activation),
+                    activation_of(layer.mlp.act),
                     layer.mlp_norm.eps,
-                    parts.window,
+                    model.config.sliding_window if layer.attention_type == SLIDING else None,
                     cosines[..., :half],
                     sines[..., :half],
                 )
@@ -154,7 +174,7 @@ MODERNBERT = ModernBertShaped(
     "ModernBert",
     {
         "ForMaskedLM": labelled,
-        "ForMultipleChoice": pooled_rows,
+        "ForMultipleChoice": chosen_rows,
         "ForQuestionAnswering": all_if_answered,
         "ForSequenceClassification": pooled_rows,
         "ForTokenClassification": labelled,

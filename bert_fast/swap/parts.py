@@ -80,7 +80,11 @@ def activation_in(parent: Any, name: str) -> fast.Activation:
     if name not in parent._modules:
         function: fast.Activation = getattr(parent, name)
         return function
-    module = leaf(parent, name)
+    return activation_of(leaf(parent, name))
+
+
+def activation_of(module: nn.Module) -> fast.Activation:
+    """The fused form of a module that is known to be GELU or ReLU, else the module itself."""
     cls = type(module)
     if "forward" in module.__dict__:
         return module

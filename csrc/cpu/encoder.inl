@@ -483,7 +483,7 @@ class EncoderStack {
     // What the projections read.
     const float* share_out_first_norm(const Worker& worker, const EncoderLayer& layer, int64_t rows, const float* x,
                                       float* to) const {
-        if (!shape_.norm_first) return x;
+        if (!shape_.norm_first || layer.attention_norm.weight == nullptr) return x;
         worker.share_evenly(
             rows, [&](int64_t row) { normalise_before(layer.attention_norm, 1, x + row * hidden_, to + row * hidden_); });
         return to;

@@ -86,6 +86,7 @@ FAMILIES: dict[str, Family] = {
             "sep_token_id": 2,
         },
         has_types=False,
+        has_holes=False,
     ),
 }
 
