@@ -19,18 +19,18 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/bert-fast demo
 
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu" --numprocesses 2 --dist loadfile
 
 # transformers' own tests of models, with its models as they are and swapped: what passes must go on passing.
 # FAMILIES="bert mpnet" for some of the eight.
 acceptance: $(VENV)/acceptance.stamp
 	$(BIN)/python tests/acceptance/run.py $(FAMILIES)
 
-# Compiles every kernel for every target with another release of Triton than `make test` does.
+# Compiles every kernel for every target, with another release of Triton than `make test` does.
 kernels: $(VENV)/test.stamp
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade \
 		--target $(VENV)/triton-$(TRITON) triton==$(TRITON)
-	PYTHONPATH=$(CURDIR)/$(VENV)/triton-$(TRITON) $(BIN)/python -m pytest -s tests/test_compile.py
+	BERT_FAST_ALL_TARGETS=1 PYTHONPATH=$(CURDIR)/$(VENV)/triton-$(TRITON) $(BIN)/python -m pytest -s tests/test_compile.py
 
 # The C++ kernels' tests, on a build that stops at reads and writes out of bounds and at undefined behaviour, under
 # each instruction set; ISAS="portable avx2" where the machine lacks one. So built, LayerNorm adds up one value after

@@ -187,7 +187,7 @@ def test_launch_sizes_change_no_mask(
     from bert_fast.kernels._launch import Launch
 
     launch = Launch(*sizes, num_warps=4, num_stages=1)
-    monkeypatch.setattr(attention, "forward_launch", lambda *_: launch)
+    monkeypatch.setattr(attention, "forward_launch", lambda *_, **__: launch)
     monkeypatch.setattr(attention, "backward_launch", lambda *_: launch)
     place, case, draws = triton_attention_place, Case((70, 3), 1, 18), (SEED, STREAM, RATE)
     for kept, mask in zip(kept_scores(case, place, *draws), score_masks(case, *draws), strict=True):

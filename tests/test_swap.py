@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 import bert_fast
 from bert_fast import engine
-from bert_fast.swap import bert_shaped
+from bert_fast.swap import calls as served_calls
 from bert_fast.swap.core import Swapped
 
 IMPLEMENTATIONS = ("sdpa", "eager")
@@ -605,7 +605,7 @@ def test_original_path(
 
 
 def test_hidden_states_by_number_where_transformers_has_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bert_shaped, "_has_numbered_states", lambda: False)
+    monkeypatch.setattr(served_calls, "_has_numbered_states", lambda: False)
     model, swapped = pair()
     batch = inputs(mask_of(MIXED)) | {"output_hidden_states": [0, -1]}
     with pytest.warns(UserWarning, match="hidden states .* by number"):

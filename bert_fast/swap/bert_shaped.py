@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,346 +16,27 @@ from ..config import BertConfig
 from ..graphs import GraphRunner
 from ..guard import Kept
 from ..masking import PackedBatch, from_flattened, unpad
-from .family import FIRST_ROWS, Call, Family, PackedRead, Read, TokenHead, kept_rows
-from .parts import Layer, Refused, activation_in, is_listened_to, leaf, stack_of, tracing_refusal
-
-# Arguments that the fast path serves; any other one that is given a value takes the original path.
-SERVED = frozenset(
-    {
-        "input_ids",
-        "attention_mask",
-        "token_type_ids",
-        "position_ids",
-        "inputs_embeds",
-        "output_attentions",
-        "output_hidden_states",
-        "return_dict",
-        "use_cache",
-        "cu_seq_lens_q",
-        "cu_seq_lens_k",
-        "max_length_q",
-        "max_length_k",
-        "seq_idx",
-        "num_items_in_batch",  # for the head's loss: transformers' Trainer gives it to every model, heads pass it on
-    }
+from .calls import (
+    HEADS,
+    HeadRows,
+    argument_refusal,
+    config_refusal,
+    mode_refusal,
+    numbers_refusal,
+    read_rows,
+    setting,
+    source_of,
+    wanted_states,
 )
-
-# What says, in transformers, that texts stand side by side in one row without padding.
-FLATTENED = ("cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
-
-# transformers' names for kernels that compute one and the same attention.
-STANDARD_ATTENTION = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "bert_fast")
-
-
-class Embeddings(NamedTuple):
-    """See nn.EmbeddingParts."""
-
-    word: nn.Module
-    position: nn.Module | None
-    token_type: nn.Module | None
-    norm: nn.Module
-    dropout: nn.Module
-
-
-class RelativeBias(NamedTuple):
-    """A bias of attention's scores, one for each head and bucket of relative positions.
-
-    Attributes:
-        table: an embedding (buckets, heads).
-        longest: tokens that a sequence is not expected to exceed.
-        buckets: gives the bucket of each distance, key minus query.
-    """
-
-    table: nn.Module
-    longest: int
-    buckets: Callable[[int, torch.device], Tensor]
-
-    def values(self, max_seqlen: int) -> Tensor:
-        """(heads, 2 * reach + 1), as functional.attention takes it. Its size is the same for all that is expected."""
-        reach = max(self.longest, max_seqlen) - 1
-        weight: Any = self.table.weight
-        values: Tensor = self.table(self.buckets(reach, weight.device))
-        return values.T
-
-
-class Rotary(NamedTuple):
-    """Rotary positions.
-
-    Attributes:
-        module: gives cosines and sines (1, positions, head_size) for activations, positions and a kind of layer.
-        kinds: of layers; a layer's `rotation` is its number here.
-        used: those that the model has.
-    """
-
-    module: nn.Module
-    kinds: tuple[str, ...]
-    used: tuple[str, ...]
-
-    def values(self, hidden: Tensor, batch: PackedBatch, has_positions: bool) -> fast.Rotations:
-        """Those of a batch; unless it has positions of its own they are columns, of which there are few."""
-        # Of texts in one row, the longest has the most columns.
-        length = batch.max_seqlen if batch.shape[0] == 1 and len(batch.cu_seqlens) > 2 else batch.shape[1]
-        columns = batch.positions if has_positions else torch.arange(length, device=hidden.device)
-        tables = {}
-        for kind in self.used:
-            cosines, sines = self.module(hidden[None], columns[None], kind)
-            # The two halves of the last dimension are the same.
-            half = (x[0, :, : x.shape[-1] // 2] for x in (cosines, sines))
-            tables[kind] = tuple(x if has_positions else x.index_select(0, batch.positions) for x in half)
-        unused: Any = next(iter(tables.values()), None)
-        return [tables.get(kind, unused) for kind in self.kinds]
-
-
-class Plan(NamedTuple):
-    """The parts of an encoder, none of which anybody listens to.
-
-    Attributes:
-        projection: between the embeddings and the first layer, if there is one.
-        stack: the layers as the CPU engine sees them.
-        relative_bias: of the scores of every layer, if there is one.
-        rotary: positions of the layers, if they are rotary.
-        final_norm: after the last layer, if there is one.
-    """
-
-    embeddings: Embeddings
-    projection: nn.Module | None
-    layers: list[Layer]
-    stack: engine.Stack
-    relative_bias: RelativeBias | None = None
-    rotary: Rotary | None = None
-    final_norm: nn.Module | None = None
-
-    def extras(self, hidden: Tensor, batch: PackedBatch, has_positions: bool) -> dict[str, Any]:
-        """What the layers take beside the embeddings `hidden` (tokens, hidden_size)."""
-        extras: dict[str, Any] = {}
-        if self.relative_bias is not None:
-            extras["bias"] = self.relative_bias.values(batch.max_seqlen)
-        if self.rotary is not None:
-            extras["rotations"] = self.rotary.values(hidden, batch, has_positions)
-        return extras
-
-    def finish(self, hidden: Tensor) -> Tensor:
-        """What follows on the last layer, row by row."""
-        return hidden if self.final_norm is None else fast.normalise(self.final_norm, hidden)
-
+from .family import FIRST_ROWS, Call, Family, PackedRead, TokenHead, kept_rows
+from .parts import Layer, Refused, activation_in, is_listened_to, leaf, stack_of
+from .plan import Embeddings, Plan, RelativeBias, embed, encode, parameters_of, structure_of
 
 _plans: Kept[Plan] = Kept()
 
 
-# ---- which calls are served ------------------------------------------------------------------------------------------
-
-
-def _setting(model: Any, call: Call, name: str) -> Any:
-    value = call.get(name)
-    return getattr(model.config, name, None) if value is None else value
-
-
-def _config_refusal(model: Any) -> str | None:
-    config = model.config
-    if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
-        return "the model is a decoder"
-    if getattr(config, "is_causal", None):
-        return "attention is causal"
-    if (getattr(config, "position_embedding_type", None) or "absolute") != "absolute":
-        return f"position_embedding_type is {config.position_embedding_type!r}"
-    implementation = getattr(config, "_attn_implementation", None)
-    if implementation not in STANDARD_ATTENTION:
-        return f"attn_implementation is {implementation!r}"
-    return None
-
-
-def _has_numbered_states() -> bool:
-    """Whether the installed transformers lets hidden states be asked for by their numbers."""
-    try:
-        from transformers.utils.output_capturing import selected_hidden_states  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
-def _numbers_refusal(model: Any, call: Call) -> str | None:
-    """Models whose hidden states transformers does not record itself take numbers for a yes."""
-    if isinstance(_setting(model, call, "output_hidden_states") or False, bool):
-        return None
-    if "hidden_states" in (getattr(model, "_can_record_outputs", None) or {}) and _has_numbered_states():
-        return None
-    return "some of the hidden states are asked for by number"
-
-
-def _wanted_states(model: Any, call: Call, number: int) -> list[bool] | None:
-    """For each of the hidden states whether it is asked for; None: the output is to have none.
-
-    Args:
-        model: the encoder.
-        call: its arguments.
-        number: of hidden states: the embeddings and every layer's output.
-    """
-    wanted = _setting(model, call, "output_hidden_states")
-    if not wanted:
-        return None
-    if isinstance(wanted, bool):
-        return [True] * number
-    chosen = {i % number for i in ([wanted] if isinstance(wanted, int) else wanted) if -number <= i < number}
-    return [i in chosen for i in range(number)]
-
-
-def _argument_refusal(model: Any, call: Call) -> str | None:
-    if _setting(model, call, "output_attentions"):
-        return "attention probabilities are asked for"
-    for name, value in call.items():
-        if value is not None and name not in SERVED:
-            return f"{name} is given"
-    mask = call.get("attention_mask")
-    if mask is not None and not isinstance(mask, Tensor):
-        return f"attention_mask is a {type(mask).__name__}"
-    if mask is not None and mask.dim() != 2:
-        return f"attention_mask has {mask.dim()} dimensions"
-    if (reason := _flattened_refusal(call)) is not None:
-        return reason
-    if (call.get("input_ids") is None) == (call.get("inputs_embeds") is None):
-        return "exactly one of input_ids and inputs_embeds is needed"
-    return None
-
-
-def _flattened_refusal(call: Call) -> str | None:
-    bounds, others = call.get("cu_seq_lens_q"), [name for name in FLATTENED if call.get(name) is not None]
-    if bounds is None:
-        return f"{others[0]} is given without cu_seq_lens_q" if others else None
-    if call.get("attention_mask") is not None:
-        return "attention_mask is given beside cu_seq_lens_q"
-    return "texts in one row cannot be told apart while the call is traced" if torch.compiler.is_compiling() else None
-
-
-def _mode_refusal(model: Any, checkpointed: Iterable[Any]) -> str | None:
-    """
-    Args:
-        model: the encoder.
-        checkpointed: what may be told to checkpoint its activations.
-    """
-    if (reason := tracing_refusal()) is not None:
-        return reason
-    if model.training and any(getattr(x, "gradient_checkpointing", False) for x in checkpointed):
-        return "gradient checkpointing is on"
-    return None
-
-
-def _has_holes(rows: Tensor) -> Tensor:
-    """(batch,) bool of (batch, length) bool: whether there is False between two that are True."""
-    starts = rows[:, 1:] & ~rows[:, :-1]
-    return starts.sum(1) + rows[:, :1].sum(1) > 1
-
-
-def _read_rows(model: Any, call: Call) -> Tensor | None:
-    """(batch, length) bool: what is read although the mask hides it; None: nothing.
-
-    That are the rows that a head is known to read, and tokens under the mask that are no padding, such as the [MASK]
-    tokens that expand ColBERT's queries (Khattab and Zaharia 2020, section 3.2), which attend but are not attended to.
-    """
-    read, ids, mask = kept_rows.get(), call.get("input_ids"), call.get("attention_mask")
-    rows = read if isinstance(read, Tensor) else None
-    padding = getattr(model.config, "pad_token_id", None)
-    if read is FIRST_ROWS or ids is None or mask is None or padding is None or mask.shape != ids.shape:
-        return rows
-    hidden: Tensor = (mask.to(ids.device) == 0) & (ids != padding)
-    if not torch.compiler.is_compiling() and not bool(hidden.any()):
-        return rows
-    # Labels that do not fit are left to the head, whose own error says so.
-    return hidden if rows is None or rows.shape != hidden.shape else rows.to(hidden.device) | hidden
-
-
-def spread_refusal(model: Any, call: Call, *, reads_first: bool, allows_hidden: bool) -> str | None:
-    """Why packed rows are not as far apart as their columns, where attention depends on distances; None: they are.
-
-    Args:
-        model: the encoder.
-        call: its arguments.
-        reads_first: whether each text's first row is read, whatever the mask says.
-        allows_hidden: whether rows may follow the last key of a text.
-    """
-    mask = call.get("attention_mask")
-    if mask is None or mask.shape[1] == 0:
-        return None
-    if torch.compiler.is_compiling():
-        return "relative positions need a look at the mask, which cannot be had while the call is traced"
-    keys = mask.detach() != 0
-    read = _read_rows(model, call)
-    rows = keys if read is None or read.shape != keys.shape else keys | read.to(keys.device)
-    if kept_rows.get() is FIRST_ROWS or reads_first:
-        rows = rows.clone()
-        rows[:, :1] = True
-    begins_elsewhere = keys.any(1) & (rows.long().argmax(1) != keys.long().argmax(1))
-    is_spread = begins_elsewhere | _has_holes(rows) | _has_holes(keys)
-    if not allows_hidden:
-        is_spread = is_spread | (keys.any(1) & (rows != keys).any(1))
-    return "a text's tokens are not side by side, as relative positions need them" if bool(is_spread.any()) else None
-
-
-# ---- the fast forward ------------------------------------------------------------------------------------------------
-
-
 def _pooler(model: Any) -> Any:
     return getattr(model, "pooler", None)
-
-
-def _embed(parts: Plan, batch: PackedBatch, embeds: Tensor | None = None) -> Tensor:
-    """(tokens, hidden_size), what the first layer reads."""
-    hidden = fast.embed(parts.embeddings, batch, embeds)
-    return hidden if parts.projection is None else parts.projection(hidden)
-
-
-def _encode(
-    model: nn.Module,
-    parts: Plan,
-    batch: PackedBatch,
-    embeds: Tensor | None = None,
-    kept: list[Tensor] | None = None,
-    has_positions: bool = False,
-) -> Tensor:
-    """(tokens, hidden_size); `kept` receives the embeddings and every layer's output."""
-    hidden = _embed(parts, batch, embeds)
-    extras = parts.extras(hidden, batch, has_positions)
-    outputs = None
-    if not torch.compiler.is_compiling():
-        outputs = engine.encode(model, parts.stack, hidden, batch, **extras, needs_all=kept is not None)
-    if outputs is not None:
-        if kept is not None:
-            kept += [hidden, *outputs]
-        return parts.finish(outputs[-1])
-    for layer in parts.layers:
-        if kept is not None:
-            kept.append(hidden)
-        hidden = fast.encoder_layer(layer, hidden, batch, **extras)
-    if kept is not None:
-        kept.append(hidden)
-    return parts.finish(hidden)
-
-
-def _modules(parts: Plan) -> Iterator[Any]:
-    """The modules that the encoder calls or fuses, and what else its layers are made of."""
-    yield parts.projection
-    yield parts.final_norm
-    yield None if parts.relative_bias is None else parts.relative_bias.table
-    yield None if parts.rotary is None else parts.rotary.module
-    for part in (parts.embeddings, *parts.layers):
-        yield from part
-
-
-def _parameters(parts: Plan) -> Iterator[Tensor]:
-    """Every tensor that the encoder's modules own."""
-    for module in _modules(parts):
-        if isinstance(module, nn.Module):
-            for owner in module.modules():
-                yield from (x for x in owner._parameters.values() if x is not None)
-                yield from (x for x in owner._buffers.values() if x is not None)
-
-
-def _structure(parts: Plan) -> Iterator[Any]:
-    """What the encoder's work is made of, but for the contents of tensors."""
-    for item in _modules(parts):
-        yield item
-        if isinstance(item, nn.Module):
-            yield item.training
-            yield getattr(item, "eps", None)
 
 
 def _runner(model: Any, call: Call, parts: Plan) -> GraphRunner | None:
@@ -364,7 +44,7 @@ def _runner(model: Any, call: Call, parts: Plan) -> GraphRunner | None:
     runner: GraphRunner | None = model.__dict__.get("bert_fast_graphs")
     if runner is None or model.training or call.get("input_ids") is None or torch.compiler.is_compiling():
         return None
-    if torch.is_grad_enabled() or _setting(model, call, "output_hidden_states"):
+    if torch.is_grad_enabled() or setting(model, call, "output_hidden_states"):
         return None
     if parts.rotary is not None and call.get("position_ids") is not None:
         return None  # a graph's are whole numbers of 32 bits
@@ -382,66 +62,8 @@ def with_gap(output: Any) -> tuple[Any, ...]:
     return (output.last_hidden_state, *pooled, *extra)
 
 
-# ---- what heads read ---------------------------------------------------------------------------------
-
-
-def _source(call: Call) -> Any:
-    return call.get("inputs_embeds") if call.get("input_ids") is None else call.get("input_ids")
-
-
-def first_rows(model: Any, call: Call) -> Read:  # noqa: ARG001
-    return FIRST_ROWS
-
-
-def labelled(model: Any, call: Call) -> Tensor | None:  # noqa: ARG001
-    """Heads on tokens flatten labels, so any shape with one for each token will do."""
-    source, labels = _source(call), call.get("labels")
-    if source is None or labels is None or labels.numel() != math.prod(source.shape[:2]):
-        return None
-    is_labelled: Tensor = labels != -100
-    return is_labelled.view(source.shape[:2])
-
-
-def labelled_if_both(model: Any, call: Call) -> Tensor | None:
-    """Pretraining's loss needs both kinds of labels; one of them alone is overlooked."""
-    return None if call.get("next_sentence_label") is None else labelled(model, call)
-
-
-def _everything(call: Call) -> Tensor | None:
-    source = _source(call)
-    return None if source is None else torch.ones(source.shape[:2], dtype=torch.bool)
-
-
-def all_if_labelled(model: Any, call: Call) -> Tensor | None:  # noqa: ARG001
-    """A causal loss reads a token for the next one's label."""
-    return None if call.get("labels") is None else _everything(call)
-
-
-def all_if_answered(model: Any, call: Call) -> Tensor | None:  # noqa: ARG001
-    """The loss of question answering is a softmax over all places, padding among them."""
-    has_answers = call.get("start_positions") is not None and call.get("end_positions") is not None
-    return _everything(call) if has_answers else None
-
-
-# ---- the family ------------------------------------------------------------------------------------------------------
-
 # Methods of the encoder that the fast forward stands in for.
 STEPS = ("__call__", "forward", "_create_attention_masks", "get_extended_attention_mask", "get_head_mask")
-
-HeadRows = Callable[[Any, Call], Read]
-
-HEADS: Mapping[str, HeadRows] = {
-    "ForSequenceClassification": first_rows,
-    "ForMultipleChoice": first_rows,
-    "ForNextSentencePrediction": first_rows,
-    "ForMaskedLM": labelled,
-    "ForPreTraining": labelled_if_both,
-    "ForTokenClassification": labelled,
-    "ForQuestionAnswering": all_if_answered,
-    "ForCausalLM": all_if_labelled,
-    "LMHeadModel": all_if_labelled,
-}
-
 
 TOKEN_HEADS: Mapping[str, TokenHead] = {
     "ForMaskedLM": TokenHead(is_of_vocabulary=True),
@@ -619,10 +241,10 @@ class BertShaped:
     def plan(self, model: Any, call: Call) -> Plan | str:
         """The model's parts, or why the call takes the original path."""
         reason = (
-            _mode_refusal(model, self.checkpointed(model))
-            or _argument_refusal(model, call)
-            or _numbers_refusal(model, call)
-            or _config_refusal(model)
+            mode_refusal(model, self.checkpointed(model))
+            or argument_refusal(model, call)
+            or numbers_refusal(model, call)
+            or config_refusal(model)
             or self.refusal(model, call)
         )
         if reason is not None:
@@ -673,7 +295,7 @@ class BertShaped:
             raise ValueError(f"attention_mask has shape {tuple(mask.shape)} and the batch {shape}")
         has_types = hasattr(model.embeddings, "token_type_embeddings")
         types = call.get("token_type_ids") if has_types else None
-        read = _read_rows(model, call)
+        read = read_rows(model, call)
         keep = None if read is None or tuple(read.shape) != shape else read
         batch = unpad(
             mask,
@@ -730,24 +352,24 @@ class BertShaped:
         read = kept_rows.get()
         if isinstance(read, PackedRead) and read.encoder is model:
             return self._run_packed(model, call, parts, read)
-        wanted = _wanted_states(model, call, len(parts.layers) + 1)
+        wanted = wanted_states(model, call, len(parts.layers) + 1)
         output = None
         is_flattened = call.get("cu_seq_lens_q") is not None
         if read is FIRST_ROWS and wanted is None and (is_flattened or not self._is_watched(model)):
             output = self._run_for_first_rows(model, call, parts)
         if output is None:
             output = self._run(model, call, parts, wanted)
-        return self.as_tuple(output) if _setting(model, call, "return_dict") is False else output
+        return self.as_tuple(output) if setting(model, call, "return_dict") is False else output
 
     def _run_packed(self, model: Any, call: Call, parts: Plan, read: PackedRead) -> Any:
         """The output with the rows that a head reads, in one row."""
         if read.hidden is None:
-            read.hidden = _encode(model, parts, read.batch, read.embeds, None, call.get("position_ids") is not None)
+            read.hidden = encode(model, parts, read.batch, read.embeds, None, call.get("position_ids") is not None)
         pooler = _pooler(model)
         pooled = None if pooler is None else pooler(read.hidden.index_select(0, read.batch.first_rows)[:, None])
         rows = read.hidden if read.rows is None else read.hidden.index_select(0, read.rows)
         output = self.output(rows[:, None] if read.is_of_texts else rows[None], pooled, None)
-        return self.as_tuple(output) if _setting(model, call, "return_dict") is False else output
+        return self.as_tuple(output) if setting(model, call, "return_dict") is False else output
 
     def _run(self, model: Any, call: Call, parts: Plan, wanted: list[bool] | None) -> Any:
         kept: list[Tensor] = []
@@ -757,7 +379,7 @@ class BertShaped:
         else:
             batch, embeds = self.pack(model, call)
             has_positions = call.get("position_ids") is not None
-            hidden = _encode(model, parts, batch, embeds, None if wanted is None else kept, has_positions)
+            hidden = encode(model, parts, batch, embeds, None if wanted is None else kept, has_positions)
         sequence = batch.pad(hidden)
         # Texts in one row have a first token each.
         firsts = (
@@ -778,13 +400,13 @@ class BertShaped:
         device = call["input_ids"].device
         if not 0 < batch.total_tokens <= runner.max_tokens:
             batch = batch.to(device)
-            return batch, _encode(model, parts, batch)
+            return batch, encode(model, parts, batch)
         hidden = runner.run(
-            functools.partial(_encode, model, parts, has_positions=True),
+            functools.partial(encode, model, parts, has_positions=True),
             batch,
             device,
-            _parameters(parts),
-            _structure(parts),
+            parameters_of(parts),
+            structure_of(parts),
         )
         if batch.indices is None:
             return batch, hidden.clone()  # the next replay writes there
@@ -806,7 +428,7 @@ class BertShaped:
         if _runner(model, call, parts) is not None:
             return None
         batch, embeds = self.pack(model, call)
-        hidden = _embed(parts, batch, embeds)
+        hidden = embed(parts, batch, embeds)
         extras = parts.extras(hidden, batch, call.get("position_ids") is not None)
         rows = batch.first_rows
         outputs = engine.encode(model, parts.stack, hidden, batch, **extras, rows=rows)
@@ -843,7 +465,7 @@ class BertShaped:
             inputs["position_ids"] = positions.cpu()
         if "inputs_embeds" in inputs:
             inputs["inputs_embeds"] = inputs["inputs_embeds"].double()
-        score_bias = self.score_bias(model, _source(call).shape[1])
+        score_bias = self.score_bias(model, source_of(call).shape[1])
         return reference.bert(weights, config, **inputs, score_bias=score_bias).hidden_states[-1]
 
     def _bert_name(self, name: str) -> str:

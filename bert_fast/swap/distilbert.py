@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..nn import NO_DROPOUT
-from .bert_shaped import HEADS, BertShaped
+from .bert_shaped import BertShaped
+from .calls import HEADS
 from .parts import Layer, activation_in, leaf
 
 HEAD_NAMES = (

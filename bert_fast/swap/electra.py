@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bert_shaped import HEADS, BertShaped
+from .bert_shaped import BertShaped
+from .calls import HEADS
 from .family import Call
 
 

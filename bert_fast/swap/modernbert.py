@@ -12,18 +12,11 @@ from torch import Tensor, nn
 
 from .. import reference
 from ..nn import NO_DROPOUT, Slice
-from .bert_shaped import (
-    BertShaped,
-    Embeddings,
-    Plan,
-    Rotary,
-    all_if_answered,
-    first_rows,
-    labelled,
-    spread_refusal,
-)
+from .bert_shaped import BertShaped
+from .calls import all_if_answered, first_rows, labelled, spread_refusal
 from .family import FIRST_ROWS, Call, Read
 from .parts import Layer, Refused, activation_in, activation_of, leaf, stack_of
+from .plan import Embeddings, Plan, Rotary
 
 FULL, SLIDING = KINDS = ("full_attention", "sliding_attention")
 

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .bert_shaped import HEADS, RelativeBias, spread_refusal, with_gap
+from .bert_shaped import with_gap
+from .calls import HEADS, spread_refusal
 from .distilbert import HEAD_NAMES
 from .family import Call
 from .parts import Layer, activation_in, leaf
+from .plan import RelativeBias
 from .roberta import RobertaShaped
 
 BUCKETS = 32  # whatever the configuration says
