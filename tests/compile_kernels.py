@@ -217,8 +217,8 @@ def jobs() -> Iterator[tuple[list[Launch], torch.dtype, str, tuple[str, ...]]]:
         size = f"{head_size}, dropout"
         yield launch_attention(BF16, head_size, 1000, 512, dropout_p=0.1), BF16, size, targets
     yield launch_attention(BF16, 64, 1000, 64, dropout_p=0.1), BF16, "64, rows of 64, dropout", HOPPER
-    yield launch_attention(BF16, 64, 1000, 512, 0.1, has_bias=True), BF16, "64, dropout, bias", elsewhere
-    yield launch_attention(FP32, 64, 1000, 512, 0.1, has_bias=True), FP32, "64, dropout, bias", elsewhere
+    yield launch_attention(BF16, 64, 1000, 512, 0.1, has_bias=True), BF16, "64, dropout, bias", everywhere
+    yield launch_attention(FP32, 64, 1000, 512, 0.1, has_bias=True), FP32, "64, dropout, bias", everywhere
     for head_size in (32, 64, 128):
         yield launch_attention(BF16, head_size, 1000, 512, window=64), BF16, f"{head_size}, window", elsewhere
     yield launch_attention(BF16, 64, 1000, 512, 0.1, window=64), BF16, "64, dropout, window", elsewhere
