@@ -34,19 +34,27 @@ def forward_launch(
     """Rows are queries, columns keys."""
     if not is_half(dtype):
         # Without tensor cores the operands of a product live in registers: small tiles and many warps, or they spill.
-        return Launch(32, 32, 4, 1) if head_size <= 64 else Launch(16, 32, 8, 1)
+        if head_size > 64:
+            return Launch(16, 32, 8, 1)
+        return Launch(16, 32, 4, 1) if has_dropout and has_window else Launch(32, 32, 4, 1)
     if max_seqlen <= SHORT and not (has_dropout and head_size > 64):
         return Launch(64, 64, 4, 1)  # one block of keys: nothing to pipeline
     if head_size <= 64:
-        # The random numbers of 128 rows do not fit beside the accumulators of four warps.
-        return Launch(64, 64, 4, 2) if has_dropout else Launch(128, 64, 4, 3)
+        # The random numbers of 128 rows, or their distances, do not fit beside the accumulators of four warps; and of a
+        # window fewer rows see fewer keys in vain.
+        return Launch(64, 64, 4, 2) if has_dropout or has_window else Launch(128, 64, 4, 3)
     # Twice the accumulator, so half the rows: 128 spill, with four warps on NVIDIA's, with eight on gfx942.
     # Dropout and windows have registers of their own.
     return Launch(64, 32 if has_dropout or has_window else 64, 4, 2)
 
 
 def backward_launch(
-    dtype: torch.dtype, head_size: int, max_seqlen: int, has_dropout: bool = False, has_bias: bool = False
+    dtype: torch.dtype,
+    head_size: int,
+    max_seqlen: int,
+    has_dropout: bool = False,
+    has_bias: bool = False,
+    has_window: bool = False,
 ) -> Launch:
     """Rows are what the program owns (keys for dK and dV, queries for dQ), columns what it walks over."""
     if not is_half(dtype):
@@ -56,8 +64,8 @@ def backward_launch(
         return Launch(16, 16, 4, 1) if has_bias else Launch(32, 16, 4, 1)
     # 128 rows, or 64 columns, spill in one release of Triton or another; these leave room for three programs of dK and
     # dV on a multiprocessor, which hide what a pipeline would. Where registers are short, a pipeline spills, too: with
-    # dropout or bias on sm_100, at 128 columns on gfx942. Rows of two blocks at most have nothing to pipeline.
-    is_pipelined = head_size <= 64 and max_seqlen > SHORT and not (has_dropout or has_bias)
+    # dropout, bias or window on sm_100, at 128 columns on gfx942. Rows of two blocks at most have nothing to pipeline.
+    is_pipelined = head_size <= 64 and max_seqlen > SHORT and not (has_dropout or has_bias or has_window)
     return Launch(64, 32, 4, 2 if is_pipelined else 1)
 
 
@@ -535,7 +543,7 @@ class Extras(NamedTuple):
 
     @property
     def needs(self) -> dict[str, bool]:
-        """What the launch sizes of the forward pass depend on."""
+        """What the launch sizes of both passes depend on."""
         return {"has_dropout": self.dropout_p > 0, "has_window": self.window is not None}
 
     @property
@@ -618,9 +626,8 @@ def attention_backward(
     delta = torch.empty_like(lse)
     grad_bias = None
     if tokens > 0:
-        sizes = _sizes(
-            backward_launch(q.dtype, head_size, max_seqlen, extras.dropout_p > 0, extras.bias is not None), head_size
-        )
+        launch = backward_launch(q.dtype, head_size, max_seqlen, has_bias=extras.bias is not None, **extras.needs)
+        sizes = _sizes(launch, head_size)
         grid = (tiles.shape[0] * sizes["SUBTILES"], heads)
         _attention_grad_q_kernel[grid](
             grad_out, q, k, v, out, lse, delta, grad_q, tiles, *extras.pointers,

@@ -188,7 +188,7 @@ def test_launch_sizes_change_no_mask(
 
     launch = Launch(*sizes, num_warps=4, num_stages=1)
     monkeypatch.setattr(attention, "forward_launch", lambda *_, **__: launch)
-    monkeypatch.setattr(attention, "backward_launch", lambda *_: launch)
+    monkeypatch.setattr(attention, "backward_launch", lambda *_, **__: launch)
     place, case, draws = triton_attention_place, Case((70, 3), 1, 18), (SEED, STREAM, RATE)
     for kept, mask in zip(kept_scores(case, place, *draws), score_masks(case, *draws), strict=True):
         assert same(kept, mask.numpy())

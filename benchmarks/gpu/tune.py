@@ -144,7 +144,7 @@ def launched_with(config: Config, numbers: Numbers) -> Iterator[None]:
     modules = {"attention": attention, "layer_norm": layer_norm, "gelu": gelu}
     changes: dict[str, dict[str, Any]] = {
         "attention": {"forward_launch": lambda *_, **__: launch},
-        "attention-backward": {"backward_launch": lambda *_: launch},
+        "attention-backward": {"backward_launch": lambda *_, **__: launch},
         "layer_norm": {"launch": lambda *_: launch},
         "layer_norm-backward": {"launch": lambda *_: launch},
         "gelu": {"LAUNCH": launch},
