@@ -309,7 +309,7 @@ def test_calls(source: str, rows: str, match: str | None) -> None:
     generator = torch.Generator().manual_seed(4)
     if source == "embeds":
         del batch["input_ids"]
-        batch["inputs_embeds"] = torch.randn(*mask.shape, 54, generator=generator)
+        batch["inputs_embeds"] = torch.randn(*mask.shape, 54, generator=generator) * mask[..., None]
     elif source == "positions":
         batch["position_ids"] = torch.arange(13)[None] * 3 + 100
     elif source == "positions of rows":

@@ -1433,3 +1433,25 @@ def test_sentence_transformer() -> None:
     assert float(torch.cosine_similarity(found[:1], found[1:2])) < 0.99
     bert_fast.restore(model)
     assert torch.equal(model.encode(TEXTS, **options), expected)
+
+
+@pytest.mark.parametrize("by", ["input_ids", "inputs_embeds"])
+def test_words_under_the_mask(by: str) -> None:
+    """They are computed as the original does, whether they come as ids or as embeddings; padding is zeros."""
+    model = theirs("BertModel")
+    mask = mask_of(MIXED)
+    words = inputs(mask, padding=None)
+    padded = {**words, "input_ids": words["input_ids"].masked_fill(~mask & (torch.arange(13) > 8), 0)}
+    batch = dict(padded)
+    if by == "inputs_embeds":
+        batch["inputs_embeds"] = model.embeddings.word_embeddings(batch.pop("input_ids")).detach()
+    expected = model(**batch)[0]
+    swapped = bert_fast.swap(model)
+    has_key = mask.any(1)[:, None]
+    for has_grad in (True, False):
+        with torch.set_grad_enabled(has_grad):
+            found = swapped(**batch)[0]
+        is_read = (mask | (padded["input_ids"] != 0)) & has_key
+        assert_near(found[is_read], expected[is_read])
+        assert not found[~mask & (padded["input_ids"] == 0) & (torch.arange(13) > 0)].any()
+    assert calls(swapped) == {"fast": 2}

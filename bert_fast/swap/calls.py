@@ -146,16 +146,32 @@ def read_rows(model: Any, call: Call) -> Tensor | None:
     That are the rows that a head is known to read, and tokens under the mask that are no padding, such as the [MASK]
     tokens that expand ColBERT's queries (Khattab and Zaharia 2020, section 3.2), which attend but are not attended to.
     """
-    read, ids, mask = kept_rows.get(), call.get("input_ids"), call.get("attention_mask")
+    read, mask = kept_rows.get(), call.get("attention_mask")
     rows = read if isinstance(read, Tensor) else None
-    padding = getattr(model.config, "pad_token_id", None)
-    if read is FIRST_ROWS or ids is None or mask is None or padding is None or mask.shape != ids.shape:
+    is_padding = None if read is FIRST_ROWS or mask is None else _is_padding(model, call)
+    if mask is None or is_padding is None or mask.shape != is_padding.shape:
         return rows
-    hidden: Tensor = (mask.to(ids.device) == 0) & (ids != padding)
+    hidden: Tensor = (mask.to(is_padding.device) == 0) & ~is_padding
     if not torch.compiler.is_compiling() and not bool(hidden.any()):
         return rows
     # Labels that do not fit are left to the head, whose own error says so.
     return hidden if rows is None or rows.shape != hidden.shape else rows.to(hidden.device) | hidden
+
+
+def _is_padding(model: Any, call: Call) -> Tensor | None:
+    """(batch, length) bool: where padding would stand if the mask hides it; None: nobody can say."""
+    padding: int | None = getattr(model.config, "pad_token_id", None)
+    if padding is None:
+        return None
+    ids: Tensor | None = call.get("input_ids")
+    if ids is not None:
+        return ids == padding
+    embeds: Tensor = call["inputs_embeds"].detach()
+    is_padding = (embeds == 0).all(-1)
+    table = getattr(model.get_input_embeddings(), "weight", None)
+    if isinstance(table, Tensor) and padding < len(table) and table.shape[1:] == embeds.shape[2:]:
+        is_padding = is_padding | (embeds == table[padding].detach().to(embeds)).all(-1)
+    return is_padding
 
 
 def spread_refusal(model: Any, call: Call, *, reads_first: bool, allows_hidden: bool) -> str | None:
