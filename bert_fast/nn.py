@@ -212,7 +212,7 @@ def multiply_slices(slices: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     if parts[0].is_of_linear:
         weight, bias = parts[0].roots
         assert weight is not None
-        product = functional.linear(x, weight, bias) if x.device.type == "cpu" else F.linear(x, weight, bias)
+        product = functional.linear(x, weight, bias)
     else:
         product = owner(x)
     return [product[..., part.first : part.last] for part in parts]

@@ -46,6 +46,13 @@ def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Te
     return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
 
 
+def activate(x: Tensor, activation: str | Callable[[Tensor], Tensor]) -> Tensor:
+    """ReLU by "relu", GELU by its `approximate`, or the function itself."""
+    if not isinstance(activation, str):
+        return activation(x)
+    return x.clamp(min=0) if activation == "relu" else gelu(x, approximate=activation)
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None, window: int | None = None
 ) -> Tensor:
@@ -154,9 +161,7 @@ def _torch_layer(layer: TorchLayer, x: Tensor, keys: Tensor) -> Tensor:
         return linear("self_attn.out_proj", torch.stack(rows) if rows else values)
 
     def fed_forward(values: Tensor) -> Tensor:
-        inner = linear("linear1", values)
-        inner = inner.clamp(min=0) if layer.activation == "relu" else gelu(inner, approximate=layer.activation)
-        return linear("linear2", inner)
+        return linear("linear2", activate(linear("linear1", values), layer.activation))
 
     if layer.norm_first:
         x = x + attended(normalise(1, x))
@@ -233,11 +238,7 @@ def _rotary_layer(layer: RotaryLayer, x: Tensor, keys: Tensor) -> Tensor:
     probabilities = probabilities.masked_fill(~is_seen.any(-1, keepdim=True), 0.0)
     x = x + linear("attn.Wo", torch.einsum("bhqk,bkhd->bqhd", probabilities, v).flatten(2))
     inner, gate = linear("mlp.Wi", normalise("mlp_norm", x)).chunk(2, -1)
-    if not isinstance(layer.activation, str):
-        inner = layer.activation(inner)
-    else:
-        inner = inner.clamp(min=0) if layer.activation == "relu" else gelu(inner, approximate=layer.activation)
-    return x + linear("mlp.Wo", inner * gate)
+    return x + linear("mlp.Wo", activate(inner, layer.activation) * gate)
 
 
 def bert(

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import engine, ops, reference
-from .. import nn as fast
 from ..config import BertConfig
 from ..graphs import GraphRunner
 from ..guard import Kept
@@ -30,7 +29,7 @@ from .calls import (
 )
 from .family import FIRST_ROWS, Call, Family, PackedRead, TokenHead, kept_rows
 from .parts import Layer, Refused, activation_in, is_listened_to, leaf, stack_of
-from .plan import Embeddings, Plan, RelativeBias, embed, encode, parameters_of, structure_of
+from .plan import Embeddings, Plan, RelativeBias, encode, parameters_of, structure_of
 
 _plans: Kept[Plan] = Kept()
 
@@ -428,20 +427,8 @@ class BertShaped:
         if _runner(model, call, parts) is not None:
             return None
         batch, embeds = self.pack(model, call)
-        hidden = embed(parts, batch, embeds)
-        extras = parts.extras(hidden, batch, call.get("position_ids") is not None)
-        rows = batch.first_rows
-        outputs = engine.encode(model, parts.stack, hidden, batch, **extras, rows=rows)
-        if outputs is not None:
-            hidden = outputs[-1]
-        else:
-            for layer in parts.layers[:-1]:
-                hidden = fast.encoder_layer(layer, hidden, batch, **extras)
-            if parts.layers:
-                hidden = fast.encoder_layer(parts.layers[-1], hidden, batch, rows, **extras)
-            else:
-                hidden = hidden.index_select(0, rows)
-        first = parts.finish(hidden)[:, None]
+        has_positions = call.get("position_ids") is not None
+        first = encode(model, parts, batch, embeds, None, has_positions, batch.first_rows)[:, None]
         pooler = _pooler(model)
         return self.output(first, None if pooler is None else pooler(first), None)
 

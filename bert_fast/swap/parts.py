@@ -1,14 +1,16 @@
-"""Looking a model through for the parts of its encoder layers, none of which anybody may listen to."""
+"""Looking a model through for the parts of its encoder layers, to which nobody may listen, and running them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import engine
 from .. import nn as fast
+from ..masking import PackedBatch
 from .family import Rounding
 
 ACTIVATION_CLASSES: dict[str, fast.Activation] = {
@@ -104,6 +106,45 @@ def stack_of(model: Any, parts: list[Layer]) -> engine.Stack:
         return engine.stack(parts)
     exact = frozenset(part for name in rounding.exact for part in model.get_submodule(name).modules())
     return engine.stack(parts, rounding.products, exact)
+
+
+def run_layers(
+    owner: nn.Module,
+    stack: engine.Stack,
+    layers: Sequence[Layer],
+    hidden: Tensor,
+    batch: PackedBatch,
+    *,
+    rows: Tensor | None = None,
+    kept: list[Tensor] | None = None,
+    **extras: Any,
+) -> Tensor:
+    """The last layer's output (tokens or rows, hidden_size), from the engine where it serves.
+
+    Args:
+        owner: the encoder.
+        stack: its layers as the engine sees them.
+        layers: the same layers.
+        hidden: (tokens, hidden_size), what the first one reads.
+        batch: the boundaries.
+        rows: (rows,) int64, the packed rows for which the output is wanted; None: all.
+        kept: receives `hidden` and every layer's output.
+        extras: what else both take: bias, rotations.
+    """
+    outputs = None
+    if not torch.compiler.is_compiling():
+        outputs = engine.encode(owner, stack, hidden, batch, **extras, needs_all=kept is not None, rows=rows)
+    if outputs is not None:
+        if kept is not None:
+            kept += [hidden, *outputs]
+        return outputs[-1]
+    for number, layer in enumerate(layers, 1):
+        if kept is not None:
+            kept.append(hidden)
+        hidden = fast.encoder_layer(layer, hidden, batch, rows if number == len(layers) else None, **extras)
+    if kept is not None:
+        kept.append(hidden)
+    return hidden if layers or rows is None else hidden.index_select(0, rows)
 
 
 # Under these tensors have no values, or values that the C++ module would read and nobody record.

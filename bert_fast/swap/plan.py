@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import engine
 from .. import nn as fast
 from ..masking import PackedBatch
-from .parts import Layer
+from .parts import Layer, run_layers
 
 
 class Embeddings(NamedTuple):
@@ -119,24 +119,12 @@ def encode(
     embeds: Tensor | None = None,
     kept: list[Tensor] | None = None,
     has_positions: bool = False,
+    rows: Tensor | None = None,
 ) -> Tensor:
-    """(tokens, hidden_size); `kept` receives the embeddings and every layer's output."""
+    """(tokens or rows, hidden_size); `kept` receives the embeddings and every layer's output."""
     hidden = embed(parts, batch, embeds)
     extras = parts.extras(hidden, batch, has_positions)
-    outputs = None
-    if not torch.compiler.is_compiling():
-        outputs = engine.encode(model, parts.stack, hidden, batch, **extras, needs_all=kept is not None)
-    if outputs is not None:
-        if kept is not None:
-            kept += [hidden, *outputs]
-        return parts.finish(outputs[-1])
-    for layer in parts.layers:
-        if kept is not None:
-            kept.append(hidden)
-        hidden = fast.encoder_layer(layer, hidden, batch, **extras)
-    if kept is not None:
-        kept.append(hidden)
-    return parts.finish(hidden)
+    return parts.finish(run_layers(model, parts.stack, parts.layers, hidden, batch, rows=rows, kept=kept, **extras))
 
 
 def _modules(parts: Plan) -> Iterator[Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -57,28 +58,24 @@ def packed_forward(
         )
     if not _is_served(head, model, call):
         return None
-    encoder_call = {name: call[name] for name in ENCODER_ARGUMENTS if call.get(name) is not None}
-    plan = kept_rows.call(rows, family.plan, encoder, encoder_call)
-    if isinstance(plan, str):
+    read = _packed_read(family, encoder, call, rows)
+    if read is None:
         return None
-    batch, embeds = kept_rows.call(rows, family.pack, encoder, encoder_call)
-    labels = _labels(head, call)
-    picked = None
+    batch, labels = read.batch, _labels(head, call)
     arguments = dict(call)
     if labels is not None:
         packed_labels = batch.select(labels.reshape(batch.shape).to(batch.positions.device))
         if head.is_of_vocabulary:
             # Rows that are kept for other reasons than a label count for nothing.
-            picked = batch.kept if batch.kept is not None else (packed_labels != -100).nonzero()[:, 0]
-            packed_labels = packed_labels.index_select(0, picked)
+            read.rows = batch.kept if batch.kept is not None else (packed_labels != -100).nonzero()[:, 0]
+            packed_labels = packed_labels.index_select(0, read.rows)
         arguments["labels"] = packed_labels[None]
-    read = PackedRead(encoder, plan, batch, embeds, picked)
     output = kept_rows.call(read, forward, model, **arguments)
-    if picked is None:
+    if read.rows is None:
         _set(output, _padded(head, read, output))
         return output
     unlabelled = {name: value for name, value in call.items() if name not in ("labels", *head.text_labels)}
-    everywhere = PackedRead(encoder, plan, batch, embeds, None, hidden=read.hidden)
+    everywhere = replace(read, rows=None)
 
     def compute() -> dict[str, Tensor]:
         return _padded(head, everywhere, kept_rows.call(everywhere, forward, model, **unlabelled))
@@ -94,13 +91,22 @@ def flattened_forward(family: Family, model: Any, call: Call, forward: Callable[
     encoder = _encoder(model)
     if call.get("cu_seq_lens_q") is None or rows is not FIRST_ROWS or encoder is None or family.pack is None:
         return None
+    read = _packed_read(family, encoder, call, rows)
+    if read is None:
+        return None
+    read.rows, read.is_of_texts = read.batch.first_rows, True
+    return kept_rows.call(read, forward, model, **call)
+
+
+def _packed_read(family: Family, encoder: Any, call: Call, rows: Read) -> PackedRead | None:
+    """Of all rows of the call; None: its encoder takes the original path."""
+    assert family.pack is not None
     encoder_call = {name: call[name] for name in ENCODER_ARGUMENTS if call.get(name) is not None}
     plan = kept_rows.call(rows, family.plan, encoder, encoder_call)
     if isinstance(plan, str):
         return None
     batch, embeds = kept_rows.call(rows, family.pack, encoder, encoder_call)
-    read = PackedRead(encoder, plan, batch, embeds, batch.first_rows, is_of_texts=True)
-    return kept_rows.call(read, forward, model, **call)
+    return PackedRead(encoder, plan, batch, embeds, None)
 
 
 def _encoder(model: Any) -> Any:

@@ -17,7 +17,7 @@ from .. import nn as fast
 from ..guard import Kept
 from ..masking import unpad
 from .family import Call, Family
-from .parts import Layer, Refused, activation_in, is_listened_to, leaf, stack_of, tracing_refusal
+from .parts import Layer, Refused, activation_in, is_listened_to, leaf, run_layers, stack_of, tracing_refusal
 
 MODULE = "torch.nn.modules.transformer"
 
@@ -238,15 +238,7 @@ class TorchEncoder:
         if keys is None:
             keys = torch.ones(source.shape[:2], dtype=torch.bool)
         batch = unpad(keys, device=source.device)
-        hidden = batch.select(source)
-        outputs = None
-        if not torch.compiler.is_compiling():
-            outputs = engine.encode(model, parts.stack, hidden, batch)
-        if outputs is None:
-            for layer in parts.layers:
-                hidden = fast.encoder_layer(layer, hidden, batch)
-        else:
-            hidden = outputs[-1]
+        hidden = run_layers(model, parts.stack, parts.layers, batch.select(source), batch)
         if parts.norm is not None:
             hidden = fast.normalise(parts.norm, hidden)
         return _in_order(model, batch.pad(hidden))
