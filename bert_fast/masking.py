@@ -46,6 +46,7 @@ class PackedBatch:
         num_keys: (batch,) int32, how many of a sequence's first rows the others attend to.
         shape: batch and length of the padded batch.
         kept: (kept,) int64, ascending, the rows that unpad's `keep` marks, such as those with a label; None without it.
+        is_plain: whether it is known that every sequence has rows, all of which the others attend to.
     """
 
     ids: Tensor | None
@@ -58,6 +59,7 @@ class PackedBatch:
     num_keys: Tensor
     shape: tuple[int, int]
     kept: Tensor | None = None
+    is_plain: bool = False
 
     @property
     def total_tokens(self) -> int:
@@ -86,6 +88,31 @@ class PackedBatch:
             name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         return replace(self, **moved)
+
+    def flattened(self) -> dict[str, Any]:
+        """The keyword arguments with which transformers' models take texts that stand side by side in one row.
+
+        Returns:
+            input_ids, token_type_ids, if there are any, and position_ids, (1, tokens); cu_seq_lens_q, cu_seq_lens_k,
+            max_length_q and max_length_k.
+
+        Raises:
+            ValueError: the batch has no ids, or rows that nobody attends to, of which these arguments cannot speak.
+        """
+        if self.ids is None:
+            raise ValueError("the PackedBatch has no ids")
+        if not self.is_plain and bool((self.cu_seqlens.diff() != self.num_keys).any()):
+            raise ValueError("the PackedBatch has rows that nobody attends to, kept by unpad's keep or keep_first")
+        types = {} if self.token_types is None else {"token_type_ids": self.token_types[None]}
+        return {
+            "input_ids": self.ids[None],
+            **types,
+            "position_ids": self.positions[None].long(),
+            "cu_seq_lens_q": self.cu_seqlens,
+            "cu_seq_lens_k": self.cu_seqlens,
+            "max_length_q": self.max_seqlen,
+            "max_length_k": self.max_seqlen,
+        }
 
     def select(self, x: Tensor) -> Tensor:
         """Rows (tokens, ...) of a padded tensor (batch, length, ...); differentiable."""
@@ -138,7 +165,7 @@ def unpad(
     if torch.compiler.is_compiling():
         batch = _traced(attention_mask, keep, keep_first, shape)
     else:
-        indices, positions, cu_seqlens, num_keys, tiles, max_seqlen, is_whole, kept = packing_arrays(
+        indices, positions, cu_seqlens, num_keys, tiles, max_seqlen, is_whole, is_plain, kept = packing_arrays(
             attention_mask, keep, keep_first
         )
         batch = PackedBatch(
@@ -152,6 +179,7 @@ def unpad(
             num_keys=torch.from_numpy(num_keys),
             shape=shape,
             kept=None if kept is None else torch.from_numpy(kept),
+            is_plain=is_plain,
         )
     if place.type != "cpu":
         batch = batch.to(place)
@@ -205,6 +233,7 @@ def from_flattened(
         tiles=tiles,
         num_keys=lengths,
         shape=(1, tokens),
+        is_plain=bool((lengths > 0).all()),
     )
     place = device if device is not None else (cu_seqlens if ids is None else ids).device
     return batch.to(place)

@@ -152,7 +152,7 @@ py::tuple unpad_mask(const py::array& mask, const std::optional<py::array>& keep
     }
     return py::make_tuple(to_array(std::move(packing.indices)), to_array(std::move(packing.positions)),
                           to_array(packing.cu_seqlens), to_array(packing.num_keys), tiles_array(packing.tiles),
-                          packing.max_seqlen, packing.is_whole);
+                          packing.max_seqlen, packing.is_whole, packing.is_plain);
 }
 
 py::array_t<int32_t> tiles(const py::array& cu_seqlens, const std::optional<py::array>& num_keys, int64_t tile_size) {

@@ -57,6 +57,7 @@ Packing lay_out(std::vector<RowCount>& rows, int64_t columns, int64_t tile_size)
         num_tiles += ceil_div(length, tile_size);
         packing.max_seqlen = std::max(packing.max_seqlen, length);
         packing.is_whole &= rows[row].keys == columns;
+        packing.is_plain &= length > 0 && rows[row].extra == 0;
     }
     packing.cu_seqlens[rows.size()] = total;
     packing.indices = Buffer<int64_t>(total);

@@ -44,6 +44,7 @@ struct Packing {
     std::vector<Tile> tiles;
     int32_t max_seqlen = 0;
     bool is_whole = true;  // every token is a key: the padded rows are the packed rows
+    bool is_plain = true;  // every sequence has rows, and every row is a key
 };
 
 // `keep` (rows, columns; may be null) marks tokens that are kept although the mask hides them from the others;

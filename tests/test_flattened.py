@@ -17,6 +17,7 @@ from models import (
 from test_families import FAMILIES, WITHOUT_TYPES, build, head_of, pair, prefix_of
 from torch import Tensor
 
+import bert_fast
 from bert_fast import FlatteningCollator, masking
 
 LENGTHS = (5, 1, 13, 7)
@@ -236,3 +237,139 @@ def test_from_flattened() -> None:
         assert torch.equal(batch.pad(ids)[0, start:stop], ids[start:stop])
     with pytest.raises(ValueError, match=r"ids has shape \(8,\); cu_seqlens ends with 7"):
         masking.from_flattened(torch.tensor([0, 7]), ids=ids)
+
+
+# ---- a PackedBatch in place of ids -----------------------------------------------------------------------------------
+
+
+def packed(batch: dict[str, Tensor]) -> masking.PackedBatch:
+    types = batch.get("token_type_ids")
+    return masking.unpad(batch["attention_mask"], ids=batch["input_ids"], token_types=types)
+
+
+def shift(batch: dict[str, Tensor], padding: int) -> dict[str, Tensor]:
+    """The same texts with their padding on the left."""
+    fills = {"input_ids": padding, "labels": -100}
+    result = {}
+    for key, value in batch.items():
+        result[key] = torch.full_like(value, fills.get(key, 0))
+        for row, found, length in zip(result[key], value, LENGTHS, strict=True):
+            row[len(row) - length :] = found[:length]
+    return result
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_batch(name: str, side: str) -> None:
+    """The rows that the padded call gives, positions included."""
+    model, swapped = pair(name)
+    batch = padded(name)
+    if side == "left":
+        batch = shift(batch, model.config.pad_token_id)
+    found = swapped(packed(batch))
+    assert_near(found.last_hidden_state[0], model(**batch).last_hidden_state[batch["attention_mask"] != 0])
+    assert swapped.bert_fast_calls == {"fast": 1}
+
+
+@pytest.mark.parametrize("name", [f"{prefix}{head}" for prefix in FAMILIES for head in HEADS])
+def test_packed_batch_in_heads(name: str) -> None:
+    model, swapped = pair(name)
+    batch = padded(name)
+    rows = packed(batch)
+    is_of_texts = head_of(name) == "ForSequenceClassification"
+    labels = batch["labels"] if is_of_texts else rows.select(batch["labels"])
+    expected, found = model(**batch), swapped(input_ids=rows, labels=labels)
+    assert_near(found.loss, expected.loss)
+    assert_same_gradients(gradients(swapped, found.loss), gradients(model, expected.loss))
+    assert_near(found.logits, expected.logits if is_of_texts else expected.logits[batch["attention_mask"] != 0][None])
+
+
+def test_positions_beside_a_packed_batch() -> None:
+    model, swapped = pair("RobertaModel")
+    batch = padded("RobertaModel")
+    positions = 5 + torch.arange(max(LENGTHS)).expand(len(LENGTHS), -1)
+    rows = packed(batch)
+    found = swapped(rows, position_ids=rows.select(positions)[None])[0][0]
+    assert_near(found, model(**batch, position_ids=positions)[0][batch["attention_mask"] != 0])
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments", "message"),
+    [
+        ({}, {"attention_mask": torch.ones(1, 5)}, "attention_mask is given beside a PackedBatch"),
+        ({}, {"token_type_ids": torch.ones(1, 5)}, "token_type_ids is given beside a PackedBatch"),
+        ({"ids": None}, {}, "the PackedBatch has no ids"),
+        ({"keep_first": True}, {}, "rows that nobody attends to"),
+        ({}, {"output_attentions": True}, "attention probabilities are asked for; attn_|output_attentions is set"),
+    ],
+    ids=["mask", "types", "no ids", "hidden rows", "original path"],
+)
+@pytest.mark.parametrize("name", ["ElectraModel", "ElectraForMaskedLM", "ElectraForSequenceClassification"])
+def test_wrong_packed_batch(name: str, options: dict[str, Any], arguments: dict[str, Any], message: str) -> None:
+    _, swapped = pair(name)
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    batch = masking.unpad(mask, **{"ids": torch.full((2, 3), 7), **options})
+    with pytest.raises(ValueError, match=message):
+        swapped(batch, **arguments)
+
+
+def test_original_path_keeps_texts_apart() -> None:
+    """With our attention the original path heeds the bounds; without, it is refused."""
+    bert_fast.register_attention()
+    _, swapped = pair("RobertaModel")
+    flat = FlatteningCollator()(examples("RobertaModel"))
+    with pytest.raises(ValueError, match="would let the texts see one another"):
+        swapped(**flat, output_attentions=True)
+    expected = swapped(**flat)[0]
+    swapped.set_attn_implementation("bert_fast")
+    swapped.register_forward_pre_hook(lambda *_: None)
+    swapped.encoder.layer[0].register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="has hooks"):
+        found = swapped(**flat, position_ids=2 + masking.from_flattened(flat["cu_seq_lens_q"]).positions[None])[0]
+    assert_near(found, expected)
+
+
+def test_flattened_batch() -> None:
+    """There and back."""
+    batch = padded("ElectraModel")
+    rows = packed(batch)
+    arguments = rows.flattened()
+    twin = masking.from_flattened(
+        arguments["cu_seq_lens_q"], ids=arguments["input_ids"][0], token_types=arguments["token_type_ids"][0]
+    )
+    for name in ("ids", "token_types", "cu_seqlens", "num_keys", "tiles"):
+        assert torch.equal(getattr(rows, name), getattr(twin, name))
+    assert torch.equal(rows.positions.long(), twin.positions)
+    assert rows.is_plain
+    assert twin.is_plain
+    assert arguments["max_length_q"] == max(LENGTHS)
+
+
+@pytest.mark.parametrize(
+    ("mask", "options", "is_plain"),
+    [
+        ([[1, 1, 0], [1, 1, 1]], {}, True),
+        ([[0, 1, 1], [1, 0, 1]], {}, True),
+        ([[1, 1, 0], [0, 0, 0]], {}, False),
+        ([[0, 1, 1], [1, 0, 1]], {"keep_first": True}, False),
+        ([[1, 1, 0], [1, 0, 1]], {"keep_first": True}, True),
+        ([[1, 1, 0], [1, 1, 1]], {"keep": torch.tensor([[True] * 3] * 2)}, False),
+        ([[1, 1, 1], [1, 1, 1]], {"keep": torch.tensor([[True] * 3] * 2)}, True),
+    ],
+)
+def test_is_plain(mask: list[list[int]], options: dict[str, Any], is_plain: bool) -> None:
+    assert masking.unpad(torch.tensor(mask), **options).is_plain == is_plain
+    bounds = torch.tensor([0, 2, 2])
+    assert not masking.from_flattened(bounds).is_plain
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("head", ["ForSequenceClassification", "ForMaskedLM"])
+def test_refused_texts_in_a_row(head: str) -> None:
+    """What the original path would mix up is an error."""
+    _, swapped = pair(f"Roberta{head}")
+    swapped.train()
+    swapped.gradient_checkpointing_enable()
+    flat = FlatteningCollator()(examples("RobertaModel"))
+    with pytest.raises(ValueError, match="cu_seq_lens_q is given, but .*, since gradient checkpointing is on"):
+        swapped(**flat)

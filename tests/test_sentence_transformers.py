@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from models import assert_near, assert_same_gradients, gradients, one_thread, ra
 from torch import Tensor
 
 import bert_fast
+from bert_fast.swap import pooling as pooling_module
 
 sentence_transformers: Any = pytest.importorskip("sentence_transformers", minversion="6.0")
 base: Any = pytest.importorskip("sentence_transformers.base.modules")
@@ -244,6 +246,122 @@ def test_training(folder: Folder, name: str) -> None:
     assert_near(results[0][0], results[1][0])
     assert_same_gradients(results[0][1], results[1][1])
     assert_near(results[0][2], results[1][2], 3e-5)
+
+
+# ---- pooling on packed rows ------------------------------------------------------------------------------------------
+
+PACKED = ("mean", "cls", "max", "mean_sqrt_len_tokens", ("cls", "mean", "max"))
+
+
+class Poisoned(torch.nn.Module):
+    """Stands between an encoder and its pooling, and spoils the padded rows of which the pooling should read none."""
+
+    def forward(self, features: dict[str, Any]) -> dict[str, Any]:
+        found = features["token_embeddings"]
+        rows = pooling_module._rows[found]
+        poisoned = torch.full_like(found, torch.nan)
+        pooling_module._rows[poisoned] = rows._replace(versions=(pooling_module._version(poisoned), rows.versions[1]))
+        return {**features, "token_embeddings": poisoned}
+
+
+def poison(model: Any) -> Any:
+    model.insert(1, Poisoned())
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pooling", PACKED, ids=str)
+def test_pooling_reads_packed_rows(folder: Folder, pooling: Any, dtype: torch.dtype) -> None:
+    """Of padded rows that hold nothing but NaN it sees nothing, neither in answers nor in gradients."""
+    model = embedder(folder, pooling).to(dtype).eval()
+    twin = poison(swapped(model))
+    results = []
+    for each in (twin, model):
+        found = each(each.preprocess(TEXTS))["sentence_embedding"]
+        weights = torch.linspace(-0.1, 0.1, found.numel(), dtype=dtype).view(found.shape)
+        results.append((found, gradients(each, (found * weights).sum())))
+    (found, grads), (expected, expected_grads) = results
+    assert found.dtype == expected.dtype
+    if dtype == torch.float32:
+        assert_near(found, expected)
+        assert_same_gradients(grads, expected_grads)
+    else:
+        exact = copy.deepcopy(model).double()
+        truth = exact(exact.preprocess(TEXTS))["sentence_embedding"]
+        error, torchs = ((x.double() - truth).abs().max() for x in (found, expected))
+        assert error <= 2 * torchs
+
+
+@pytest.mark.parametrize("pooling", PACKED, ids=str)
+def test_when_pooling_reads_padded_rows(folder: Folder, pooling: Any) -> None:
+    """Where the packed rows are not what it would read, or nobody knows."""
+    model = embedder(folder, pooling, prompts={"query": "why the rows "}).eval()
+    twin = swapped(model)
+    texts = ["", *TEXTS[:5]]
+
+    def features(each: Any) -> dict[str, Any]:
+        found: dict[str, Any] = each.preprocess(texts)
+        return found
+
+    def other_mask(each: Any) -> Any:
+        some = each[0](features(each))
+        some["attention_mask"] = some["attention_mask"].clone()
+        some["attention_mask"][:, 2:] = 0
+        return each[1](some)
+
+    def mask_in_place(each: Any) -> Any:
+        some = each[0](features(each))
+        some["attention_mask"][:, 2:] = 0
+        return each[1](some)
+
+    def rows_in_place(each: Any) -> Any:
+        some = each[0](features(each))
+        with torch.no_grad():
+            some["token_embeddings"].mul_(3)
+        return each[1](some)
+
+    def first_tokens(each: Any) -> Any:
+        some = each[0](features(each))
+        some["cls_token_embeddings"] = some["token_embeddings"][:, 1]
+        some["token_weights_sum"] = torch.arange(1.0, 7.0)
+        return each[1](some)
+
+    def no_words(each: Any) -> Any:
+        some = features(each)
+        some["attention_mask"][1] = 0
+        return each[1](each[0](some))
+
+    for way in (other_mask, mask_in_place, rows_in_place, first_tokens, no_words):
+        found, expected = (way(each)["sentence_embedding"] for each in (twin, model))
+        if way is no_words:  # what stands at padding is nobody's affair
+            found, expected = (torch.cat((x[:1], x[2:])) for x in (found, expected))
+        assert_near(found, expected)
+    for each in (model, twin):
+        each.set_pooling_include_prompt(False)
+    found, expected = (encode(each, texts, prompt_name="query") for each in (twin, model))
+    assert_near(found, expected)
+
+
+def test_packed_rows_are_forgotten(folder: Folder) -> None:
+    model = swapped(embedder(folder))
+    before = len(pooling_module._rows)
+    features = model(model.preprocess(TEXTS))
+    assert len(pooling_module._rows) == before + 1
+    del features
+    gc.collect()
+    assert len(pooling_module._rows) == before
+    bert_fast.restore(model)
+    assert type(model[1]) is dense.Pooling
+    model(model.preprocess(TEXTS))
+    assert len(pooling_module._rows) == before
+
+
+def test_report_names_the_pooling(folder: Folder) -> None:
+    assert "pooling" in str(bert_fast.report(swapped(embedder(folder))))
+    modules = [transformer(folder("BertModel")), base.Dense(51, 7, module_input_name="token_embeddings")]
+    model = sentence_transformers.SentenceTransformer(modules=[*modules, dense.Pooling(7)], device="cpu")
+    assert "pooling" not in str(bert_fast.report(swapped(model)))
+    assert_near(encode(swapped(model)), encode(model))
 
 
 # ---- pairs, sparse vectors, many vectors -----------------------------------------------------------------------------

@@ -34,12 +34,13 @@ MASK_DTYPES = frozenset(
 
 def packing_arrays(
     mask: Tensor, keep: Tensor | None, keep_first: bool
-) -> tuple[Array, Array, Array, Array, Array, int, bool, Array | None]:
+) -> tuple[Array, Array, Array, Array, Array, int, bool, bool, Array | None]:
     """The packing of a mask (batch, length) of any dtype; keep (batch, length) bool.
 
     Returns:
         indices, positions, cu_seqlens, num_keys, tiles and max_seqlen as masking.PackedBatch has them; whether every
-        token is a key, so that the padded rows are the packed rows; the rows that `keep` marks, None without it.
+        token is a key, so that the padded rows are the packed rows; PackedBatch.is_plain; the rows that `keep` marks,
+        None without it.
     """
     if mask.requires_grad:
         mask = mask.detach()
@@ -62,7 +63,7 @@ def host_array(x: Tensor) -> Array:
 def _unpad(
     mask: Tensor, keep: Tensor | None, keep_first: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *arrays, _, _, kept = packing_arrays(mask, keep, keep_first)
+    *arrays, _, _, _, kept = packing_arrays(mask, keep, keep_first)
     indices, positions, cu_seqlens, num_keys, tiles = (torch.from_numpy(x) for x in arrays)
     return (
         indices,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from ..config import BertConfig
 from ..graphs import GraphRunner
 from ..guard import Kept
 from ..masking import PackedBatch, from_flattened, unpad
+from . import pooling
 from .calls import (
     HEADS,
     HeadRows,
@@ -108,9 +109,13 @@ class BertShaped:
             kept_rows={f"{self.prefix}{head}": rows for head, rows in self.heads.items()},
             pack=self.pack,
             token_heads={f"{self.prefix}{head}": kind for head, kind in self.token_heads.items()},
+            uses_columns=self.uses_columns,
         )
 
     # ---- what families differ in ----
+
+    uses_columns: ClassVar[bool] = True
+    """Whether calls that say nothing of positions have their tokens at their columns."""
 
     def positions(self, model: Any, call: Call) -> Tensor | None:  # noqa: ARG002
         """(batch, length), where a call says nothing of positions; None: the columns."""
@@ -380,6 +385,9 @@ class BertShaped:
             has_positions = call.get("position_ids") is not None
             hidden = encode(model, parts, batch, embeds, None if wanted is None else kept, has_positions)
         sequence = batch.pad(hidden)
+        # A graph's next replay writes to its rows.
+        if "bert_fast_pooled" in model.__dict__ and runner is None and not is_listened_to(model):
+            pooling.remember(sequence, hidden, batch, call.get("attention_mask"))
         # Texts in one row have a first token each.
         firsts = (
             hidden.index_select(0, batch.first_rows)[:, None] if call.get("cu_seq_lens_q") is not None else sequence

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..masking import PackedBatch
 from .family import FIRST_ROWS, Call, Read, kept_rows
 from .parts import tracing_refusal
 
@@ -36,8 +37,14 @@ SERVED = frozenset(
 # What says, in transformers, that texts stand side by side in one row without padding.
 FLATTENED = ("cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
+# What a PackedBatch says already.
+SAID_BY_BATCH = ("attention_mask", "token_type_ids", "cu_seq_lens_q", *FLATTENED)
+
 # transformers' names for kernels that compute one and the same attention.
 STANDARD_ATTENTION = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "bert_fast")
+
+# Those that overlook where texts in one row begin.
+UNBOUNDED_ATTENTION = (None, "eager", "sdpa", "flex_attention")
 
 
 def setting(model: Any, call: Call, name: str) -> Any:
@@ -121,6 +128,21 @@ def _flattened_refusal(call: Call) -> str | None:
     return "texts in one row cannot be told apart while the call is traced" if torch.compiler.is_compiling() else None
 
 
+def check_bounds(model: Any, call: Call, reason: str) -> None:
+    """Of a call that takes the original path.
+
+    Raises:
+        ValueError: texts stand in one row, and the model's attention would let them see one another.
+    """
+    implementation = getattr(model.config, "_attn_implementation", None)
+    is_bounded = call.get("cu_seq_lens_q") is not None and call.get("attention_mask") is None
+    if is_bounded and implementation in UNBOUNDED_ATTENTION:
+        raise ValueError(
+            f"cu_seq_lens_q is given, but the call takes the original path, since {reason}; attn_implementation "
+            f"{implementation!r} would let the texts see one another there"
+        )
+
+
 def mode_refusal(model: Any, checkpointed: Iterable[Any]) -> str | None:
     """
     Args:
@@ -132,6 +154,26 @@ def mode_refusal(model: Any, checkpointed: Iterable[Any]) -> str | None:
     if model.training and any(getattr(x, "gradient_checkpointing", False) for x in checkpointed):
         return "gradient checkpointing is on"
     return None
+
+
+def without_batch(call: Call, *, uses_columns: bool) -> dict[str, Any]:
+    """The same call with transformers' own arguments in place of a PackedBatch, which was given for input_ids.
+
+    Args:
+        call: its arguments.
+        uses_columns: see Family.
+
+    Raises:
+        ValueError: more is given of what the batch says, or the batch cannot be said in other words.
+    """
+    given = [name for name in SAID_BY_BATCH if call.get(name) is not None]
+    if given:
+        raise ValueError(f"{given[0]} is given beside a PackedBatch, which holds it already")
+    batch: PackedBatch = call["input_ids"]
+    arguments = batch.flattened()
+    if not uses_columns:
+        del arguments["position_ids"]
+    return arguments | {name: value for name, value in call.items() if name != "input_ids" and value is not None}
 
 
 def _has_holes(rows: Tensor) -> Tensor:

@@ -21,7 +21,10 @@ from torch import nn
 
 from .. import engine
 from ..graphs import GraphRunner
+from ..masking import PackedBatch
+from . import pooling
 from .bert import FAMILY as BERT
+from .calls import check_bounds, without_batch
 from .distilbert import DISTILBERT
 from .electra import ELECTRA
 from .family import Family, PackedRead, Rounding, kept_rows
@@ -54,10 +57,11 @@ FRAMEWORKS = frozenset({"accelerate", "bert_fast", "sentence_transformers", "tor
 
 class Swapped:
     """Marks a swapped class. The attributes belong to the class, but for those of an encoder's instance:
+    the family is None where the class only reads an encoder,
     `bert_fast_calls` counts paths, `bert_fast_graphs` holds CUDA graphs if those are wanted, `bert_fast_rounding` says
     in how few bits the CPU engine is to multiply, and is None where that is the model's own affair."""
 
-    bert_fast_family: Family
+    bert_fast_family: Family | None
     bert_fast_base: type[nn.Module]
     bert_fast_calls: Counter[str]
     bert_fast_graphs: GraphRunner
@@ -101,7 +105,7 @@ def _fitting(forward: Callable[..., Any]) -> Callable[[tuple[Any, ...], dict[str
     return fits
 
 
-def _make_class(base: Any, family: Family, forward: Callable[..., Any]) -> type[nn.Module]:
+def _make_class(base: Any, family: Family | None, forward: Callable[..., Any]) -> type[nn.Module]:
     attributes = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
@@ -109,9 +113,16 @@ def _make_class(base: Any, family: Family, forward: Callable[..., Any]) -> type[
         "forward": functools.wraps(base.forward)(forward),
         "bert_fast_family": family,
         "bert_fast_base": base,
+        "__reduce_ex__": Swapped.__reduce_ex__,
     }
-    cls: type[nn.Module] = type(base.__name__, (Swapped, base), attributes)
+    # In this order an instance has the same layout in all classes, without which none could take another's place.
+    cls: type[nn.Module] = type(base.__name__, (base, Swapped), attributes)
     return cls
+
+
+@functools.cache
+def _pooling_class(base: Any) -> type[nn.Module]:
+    return _make_class(base, None, pooling.forward)
 
 
 @functools.cache
@@ -119,12 +130,16 @@ def _encoder_class(base: Any, family: Family) -> type[nn.Module]:
     names, fits = argument_names(base.forward), _fitting(base.forward)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        call = bind(names, args, kwargs)
+        if isinstance(call.get("input_ids"), PackedBatch):
+            args, kwargs = (), without_batch(call, uses_columns=family.uses_columns)
+            call = kwargs
         if not fits(args, kwargs):  # the original's own error says what is wrong
             return base.forward(self, *args, **kwargs)
-        call = bind(names, args, kwargs)
         read = kept_rows.get()
         plan = read.plan if isinstance(read, PackedRead) and read.encoder is self else family.plan(self, call)
         if isinstance(plan, str):
+            check_bounds(self, call, plan)
             count(self, plan)
             return base.forward(self, *args, **kwargs)
         count(self, FAST)
@@ -140,6 +155,9 @@ def _head_class(base: Any, family: Family, name: str) -> type[nn.Module]:
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         call = bind(names, args, kwargs)
+        if isinstance(call.get("input_ids"), PackedBatch):
+            args, kwargs = (), without_batch(call, uses_columns=family.uses_columns)
+            call = kwargs
         rows = rows_of(self, call)
         if fits(args, kwargs):
             if token_head is None:
@@ -178,10 +196,12 @@ def _callers_level() -> int:
 
 
 def _class_maker(base: Any) -> Callable[[], type[nn.Module]] | None:
-    """How to make the swapped class of an encoder or head that is known, or None.
+    """How to make the swapped class of an encoder, a head or a pooling that is known, or None.
 
     A subclass counts as long as it keeps the steps that the family replaces.
     """
+    if pooling.is_pooling(base):
+        return functools.partial(_pooling_class, base)
     for family in FAMILIES:
         module = sys.modules.get(family.module)
         if module is None:  # nobody has imported the family, so no model is of it
@@ -199,8 +219,10 @@ def _class_maker(base: Any) -> Callable[[], type[nn.Module]] | None:
 
 
 def _is_encoder_class(cls: Any) -> bool:
-    """Whether it is the swapped class of an encoder, not of a head."""
-    return issubclass(cls, Swapped) and cls.bert_fast_family.encoder in {base.__name__ for base in cls.__mro__}
+    """Whether it is the swapped class of an encoder, not of what reads one."""
+    if not issubclass(cls, Swapped) or cls.bert_fast_family is None:
+        return False
+    return cls.bert_fast_family.encoder in {base.__name__ for base in cls.__mro__}
 
 
 def swapped_encoders(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -267,6 +289,9 @@ def swap(
             object.__setattr__(encoder, "bert_fast_graphs", GraphRunner())
         elif not cuda_graphs:
             encoder.__dict__.pop("bert_fast_graphs", None)
+    for encoder, reader in pooling.readers(model):
+        if _is_encoder_class(type(encoder)) and issubclass(reader, Swapped):
+            encoder.__dict__["bert_fast_pooled"] = True
     return model
 
 
@@ -351,7 +376,7 @@ def restore(model: Model) -> Model:
         if isinstance(module, Swapped):
             module.__class__ = _unswapped_class(type(module))
             engine.forget(module)
-            for name in ("bert_fast_calls", "bert_fast_graphs", "bert_fast_rounding"):
+            for name in ("bert_fast_calls", "bert_fast_graphs", "bert_fast_pooled", "bert_fast_rounding"):
                 module.__dict__.pop(name, None)
     return model
 

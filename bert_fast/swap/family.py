@@ -129,6 +129,7 @@ class Family:
         view: the same of an output, and (batch, length) bool where tokens are, on the CPU; None: everywhere.
         pack: the batch of a call without padding, and its inputs_embeds (tokens, hidden_size), if those were given.
         token_heads: heads that say something of each token -> what they are like.
+        uses_columns: whether calls that say nothing of positions have their tokens at their columns.
         kept_rows: for heads that read other rows than all that the mask shows: class -> (head, call -> what it reads).
     """
 
@@ -145,3 +146,4 @@ class Family:
     kept_rows: Mapping[str, Callable[[Any, Call], Read]]
     pack: Callable[[Any, Call], tuple[PackedBatch, Tensor | None]] | None = None
     token_heads: Mapping[str, TokenHead] = field(default_factory=dict)
+    uses_columns: bool = False

@@ -49,6 +49,8 @@ def _slices(linear: nn.Module, count: int, width: int) -> list[Slice]:
 
 
 class ModernBertShaped(BertShaped):
+    uses_columns = False  # only distances count
+
     def checkpointed(self, model: Any) -> Iterable[Any]:
         return (model, *model.layers)
 

@@ -88,6 +88,8 @@ def _parts(encoder: Any) -> tuple[Part, ...]:
         parts.append(_engine_part(encoder, parameter))
     choice = ops.choose("linear", device, dtype, widths.get("layer_norm", 1))
     parts.append(Part("linear", choice.path, f"{choice.reason}, on real tokens alone"))
+    if "bert_fast_pooled" in encoder.__dict__:
+        parts.append(Part("pooling", "torch", "mean, cls and max on packed rows"))
     return tuple(parts)
 
 

@@ -13,6 +13,8 @@ from .family import Call
 
 
 class RobertaShaped(BertShaped):
+    uses_columns = False
+
     def positions(self, model: Any, call: Call) -> Tensor:
         padding: int = model.embeddings.padding_idx
         ids = call.get("input_ids")

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .calls import setting
 from .family import FIRST_ROWS, Call, Family, PackedRead, Read, TokenHead, kept_rows
 from .parts import is_listened_to
 
@@ -59,7 +60,7 @@ def packed_forward(
     if not _is_served(head, model, call):
         return None
     read = _packed_read(family, encoder, call, rows)
-    if read is None:
+    if isinstance(read, str):
         return None
     batch, labels = read.batch, _labels(head, call)
     arguments = dict(call)
@@ -86,25 +87,33 @@ def packed_forward(
 def flattened_forward(family: Family, model: Any, call: Call, forward: Callable[..., Any], rows: Read) -> Any:
     """What `forward`, which reads the first row of each text, says of texts in one row; None: they are not.
 
-    Some heads pass on to their encoder only what they know.
+    Some heads pass on to their encoder only what they know, so that it would not hear of the texts' bounds.
+
+    Raises:
+        ValueError: more than the logits is asked for, or the encoder would take the original path.
     """
     encoder = _encoder(model)
     if call.get("cu_seq_lens_q") is None or rows is not FIRST_ROWS or encoder is None or family.pack is None:
         return None
+    for name in ("output_attentions", "output_hidden_states"):
+        if setting(encoder, call, name):
+            raise ValueError(
+                f"{name} is set beside cu_seq_lens_q; of texts in one row only the encoder itself has them"
+            )
     read = _packed_read(family, encoder, call, rows)
-    if read is None:
-        return None
+    if isinstance(read, str):
+        raise ValueError(f"cu_seq_lens_q is given, but texts in one row are not served, since {read}")
     read.rows, read.is_of_texts = read.batch.first_rows, True
     return kept_rows.call(read, forward, model, **call)
 
 
-def _packed_read(family: Family, encoder: Any, call: Call, rows: Read) -> PackedRead | None:
-    """Of all rows of the call; None: its encoder takes the original path."""
+def _packed_read(family: Family, encoder: Any, call: Call, rows: Read) -> PackedRead | str:
+    """Of all rows of the call, or why its encoder takes the original path."""
     assert family.pack is not None
     encoder_call = {name: call[name] for name in ENCODER_ARGUMENTS if call.get(name) is not None}
     plan = kept_rows.call(rows, family.plan, encoder, encoder_call)
     if isinstance(plan, str):
-        return None
+        return plan
     batch, embeds = kept_rows.call(rows, family.pack, encoder, encoder_call)
     return PackedRead(encoder, plan, batch, embeds, None)
 
