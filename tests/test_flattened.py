@@ -300,7 +300,7 @@ def test_positions_beside_a_packed_batch() -> None:
         ({}, {"token_type_ids": torch.ones(1, 5)}, "token_type_ids is given beside a PackedBatch"),
         ({"ids": None}, {}, "the PackedBatch has no ids"),
         ({"keep_first": True}, {}, "rows that nobody attends to"),
-        ({}, {"output_attentions": True}, "attention probabilities are asked for; attn_|output_attentions is set"),
+        ({}, {"output_attentions": True}, r"attention probabilities are asked for; attn_|output_attentions is set"),
     ],
     ids=["mask", "types", "no ids", "hidden rows", "original path"],
 )
@@ -371,5 +371,5 @@ def test_refused_texts_in_a_row(head: str) -> None:
     swapped.train()
     swapped.gradient_checkpointing_enable()
     flat = FlatteningCollator()(examples("RobertaModel"))
-    with pytest.raises(ValueError, match="cu_seq_lens_q is given, but .*, since gradient checkpointing is on"):
+    with pytest.raises(ValueError, match=r"cu_seq_lens_q is given, but .*, since gradient checkpointing is on"):
         swapped(**flat)
