@@ -134,9 +134,10 @@ def check_bounds(model: Any, call: Call, reason: str) -> None:
     Raises:
         ValueError: texts stand in one row, and the model's attention would let them see one another.
     """
+    if call.get("cu_seq_lens_q") is None or call.get("attention_mask") is not None:
+        return
     implementation = getattr(model.config, "_attn_implementation", None)
-    is_bounded = call.get("cu_seq_lens_q") is not None and call.get("attention_mask") is None
-    if is_bounded and implementation in UNBOUNDED_ATTENTION:
+    if implementation in UNBOUNDED_ATTENTION:
         raise ValueError(
             f"cu_seq_lens_q is given, but the call takes the original path, since {reason}; attn_implementation "
             f"{implementation!r} would let the texts see one another there"
