@@ -25,6 +25,7 @@ setup(
         "bert_fast.cli",
         "bert_fast.kernels",
         "bert_fast.ops",
+        "bert_fast.pretraining",
         "bert_fast.swap",
     ],
     package_data={"bert_fast": ["py.typed", "data/*.txt"]},

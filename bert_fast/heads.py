@@ -7,7 +7,7 @@ zeros there, or the lowest finite number where they would compete (question answ
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -20,6 +20,7 @@ from . import checkpoint, functional
 from .config import ACTIVATIONS, BertConfig
 from .encoder import BertModel, BertOutput, initialise
 from .functional import IGNORED
+from .masking import PackedBatch
 from .nn import LayerNorm, expand, normalise
 
 if TYPE_CHECKING:
@@ -169,9 +170,16 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return total / (labels != IGNORED).sum().clamp(min=1)
 
 
-def _kept(labels: Tensor | None) -> Tensor | None:
-    """Labelled tokens are computed even where the mask hides them."""
-    return None if labels is None else labels != IGNORED
+def _kept(input_ids: Tensor | PackedBatch, labels: Tensor | None) -> Tensor | None:
+    """Labelled tokens are computed even where the mask hides them; a packed batch holds what is computed."""
+    return None if labels is None or isinstance(input_ids, PackedBatch) else labels != IGNORED
+
+
+def _labelled(input_ids: Tensor | PackedBatch, labels: Tensor | None) -> Tensor | PackedBatch:
+    """The input; a packed batch with its labelled rows marked."""
+    if labels is None or not isinstance(input_ids, PackedBatch) or input_ids.kept is not None:
+        return input_ids
+    return replace(input_ids, kept=(input_ids.select(labels) != IGNORED).nonzero()[:, 0])
 
 
 class BertForMaskedLM(BertHead):
@@ -190,14 +198,22 @@ class BertForMaskedLM(BertHead):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | PackedBatch,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> MaskedLMOutput:
-        """labels (batch, length) -> logits (labelled, vocab_size); without labels (batch, length, vocab_size)."""
+        """labels (batch, length) -> logits (labelled, vocab_size); without labels (batch, length, vocab_size).
+
+        A PackedBatch, with which no mask is given, takes labels of its padded batch; those of masking.from_flattened
+        are (1, tokens). What it keeps, if anything, are the labelled rows.
+        """
         output = self.bert(
-            input_ids, attention_mask, token_type_ids, keep=_kept(labels), needs_kept_rows_only=self.needs_labelled_only
+            _labelled(input_ids, labels),
+            attention_mask,
+            token_type_ids,
+            keep=_kept(input_ids, labels),
+            needs_kept_rows_only=self.needs_labelled_only,
         )
         loss, rows = _masked_lm(self.mlm, self.bert, output, labels)
         return MaskedLMOutput(loss, output, rows, self.bert.embeddings.word.weight, self.mlm, labels is not None)
@@ -229,9 +245,12 @@ class PreTrainingOutput(MaskedLMOutput):
     """
     Attributes:
         next_sentence_logits: (batch, 2).
+        masked_lm_loss, next_sentence_loss: scalars, what `loss` is the sum of, each None without its labels.
     """
 
     next_sentence_logits: Tensor
+    masked_lm_loss: Tensor | None
+    next_sentence_loss: Tensor | None
 
 
 class BertForPreTraining(BertHead):
@@ -250,23 +269,37 @@ class BertForPreTraining(BertHead):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | PackedBatch,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
         next_sentence_label: Tensor | None = None,
     ) -> PreTrainingOutput:
-        """labels (batch, length), next_sentence_label (batch,) -> logits as BertForMaskedLM's; the losses are added."""
+        """labels as BertForMaskedLM's, next_sentence_label (batch,) -> logits as BertForMaskedLM's.
+
+        The losses are added. A packed batch has as many next_sentence_label as sequences.
+        """
         output = self.bert(
-            input_ids, attention_mask, token_type_ids, keep=_kept(labels), needs_kept_rows_only=self.needs_labelled_only
+            _labelled(input_ids, labels),
+            attention_mask,
+            token_type_ids,
+            keep=_kept(input_ids, labels),
+            needs_kept_rows_only=self.needs_labelled_only,
         )
-        loss, rows = _masked_lm(self.mlm, self.bert, output, labels)
+        masked_loss, rows = _masked_lm(self.mlm, self.bert, output, labels)
         next_logits = self.nsp(output.pooled)
-        if next_sentence_label is not None:
-            next_loss = _cross_entropy(next_logits, next_sentence_label)
-            loss = next_loss if loss is None else loss + next_loss
+        next_loss = None if next_sentence_label is None else _cross_entropy(next_logits, next_sentence_label)
+        losses = [loss for loss in (masked_loss, next_loss) if loss is not None]
         return PreTrainingOutput(
-            loss, output, rows, self.bert.embeddings.word.weight, self.mlm, labels is not None, next_logits
+            sum(losses[1:], losses[0]) if losses else None,
+            output,
+            rows,
+            self.bert.embeddings.word.weight,
+            self.mlm,
+            labels is not None,
+            next_logits,
+            masked_loss,
+            next_loss,
         )
 
 
@@ -321,7 +354,7 @@ class BertForTokenClassification(BertHead):
         labels: Tensor | None = None,
     ) -> HeadOutput:
         """labels (batch, length) -> logits (batch, length, num_labels), zeros at the padding."""
-        output = self.bert(input_ids, attention_mask, token_type_ids, keep=_kept(labels))
+        output = self.bert(input_ids, attention_mask, token_type_ids, keep=_kept(input_ids, labels))
         logits = self.classifier(self.dropout(output.packed))
         loss = None if labels is None else _cross_entropy(logits, output.batch.select(labels))
         return HeadOutput(loss, output.batch.pad(logits), output)

@@ -20,7 +20,19 @@ from bert_fast.swap import core
 
 ROOT = Path(__file__).resolve().parents[1]
 
-OPTIONAL = ("click", "rich", "sentence_transformers", "transformers", "triton")
+OPTIONAL = (
+    "accelerate",
+    "click",
+    "datasets",
+    "matplotlib",
+    "pyarrow",
+    "pydantic",
+    "rich",
+    "sentence_transformers",
+    "tensorboard",
+    "transformers",
+    "triton",
+)
 
 # Who may import whom when it is imported: only what stands further up in this list.
 LAYERS = (
