@@ -218,12 +218,14 @@ def _check_folder(out: Path, state: Mapping[str, Any]) -> bool:
             if options.get(name) != value:
                 raise CorpusError(
                     f"{out} was begun with {name}={options.get(name)!r}, and {name} is {value!r} now; "
-                    "use the same or another folder"
+                    "go back to it, delete the folder or name another"
                 )
     for name in ("format", "vocabulary", "sources"):
         if before[name] != state[name]:
             difference = _difference(before[name], state[name])
-            raise CorpusError(f"{out} was begun with other {name} ({difference}); use the same or another folder")
+            raise CorpusError(
+                f"{out} was begun with other {name} ({difference}); go back to it, delete the folder or name another"
+            )
     return False
 
 
