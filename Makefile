@@ -13,7 +13,7 @@ TARGETS ?= aarch64-linux-gnu aarch64-macos x86_64-linux-gnu
 FAMILIES ?=
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
-.PHONY: demo test acceptance kernels sanitize cross bench bench-cpu bench-families gpu gpu-dry lint clean
+.PHONY: demo test acceptance kernels sanitize cross bench bench-cpu bench-families bench-pretrain gpu gpu-dry lint clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/bert-fast demo
@@ -36,6 +36,7 @@ kernels: $(VENV)/test.stamp
 # each instruction set; ISAS="portable avx2" where the machine lacks one. So built, LayerNorm adds up one value after
 # another, not lane by lane, and has no longer the accuracy that two of its tests ask for.
 sanitize: $(VENV)/test.stamp
+	$(PIP) pybind11 setuptools
 	BERT_FAST_COMPILE_ARGS="-g -O1 $(SANITIZERS)" LDFLAGS="$(SANITIZERS)" $(BIN)/python setup.py --quiet \
 		build --build-base build/sanitized --build-lib build/sanitized/lib
 	for isa in $(ISAS); do \
@@ -71,6 +72,11 @@ bench-cpu: $(VENV)/bench.stamp
 # ARGS="--out FILE" to keep the figures elsewhere than in benchmarks/results/cpu-families.json.
 bench-families: $(VENV)/test.stamp
 	$(BIN)/python -m benchmarks.families $(ARGS)
+
+# Pretraining of a tiny model beside transformers' Trainer on the same packs, half an hour on two cores; TEXT="files and
+# folders of text", such as articles of an encyclopedia, a blank line between documents.
+bench-pretrain: $(VENV)/test.stamp
+	$(BIN)/python -m benchmarks.pretrain --text $(TEXT) $(ARGS)
 
 # On a machine with a GPU, with the python3 that has torch and triton for it; nothing is fetched. The tests, then every
 # target of speed against its peers; ARGS="--only NAME" for some, ARGS="--tune KERNEL" for launch sizes.

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from corpora import TinyVocabulary, random_shard
+from corpora import TinyShard, TinyVocabulary, random_shard
 from models import assert_near, assert_same_gradients, gradients, one_thread, randomise  # noqa: F401
 from torch import Tensor
 
@@ -107,6 +107,40 @@ def test_whole_words() -> None:
         for word in set(words.tolist()) - {-1}:
             assert len(set(chosen[words == word].tolist())) == 1
         assert chosen.any()
+
+
+@pytest.mark.parametrize("unit", ["token", "word"])
+def test_shares_of_ten_million_tokens(unit: Any) -> None:
+    """15 % are predicted; of those 80 % masked, 10 % another token, 10 % left: each within five standard deviations."""
+    ids = np.random.default_rng(11).integers(5, VOCABULARY.size, 10_500_000)
+    bounds = np.arange(0, len(ids), 50)
+    one = TinyShard(ids, np.append(bounds, len(ids)), np.arange(0, len(bounds) + 1, 100))
+    stream = PackStream([one], "full", 512, 2**19, seed=5)
+    counts = dict.fromkeys(("tokens", "predicted", "masked", "left", "other"), 0)
+    for pack in itertools.islice(stream.packs(), stream.packs_of_pass()):
+        batch = batch_of(pack, rule=Masking(unit=unit))
+        kept = batch.packed.kept
+        assert kept is not None
+        assert batch.packed.ids is not None
+        found, original = batch.packed.ids[kept], batch.labels[0, kept]
+        is_masked, is_left = found == VOCABULARY.mask_id, found == original
+        counts["tokens"] += int((batch.packed.ids != 2).sum() - (batch.packed.ids == 3).sum())
+        counts["predicted"] += len(kept)
+        counts["masked"] += int(is_masked.sum())
+        counts["left"] += int(is_left.sum())
+        counts["other"] += int((~is_masked & ~is_left).sum())
+    assert counts["tokens"] >= 10**7
+    # A random token is the same one now and then; a word's pieces are chosen together, 1.33 at a time.
+    same = 0.1 / (VOCABULARY.size - 5)
+    spread = 1.5 if unit == "word" else 1.0
+    for name, of, share in (
+        ("predicted", "tokens", 0.15),
+        ("masked", "predicted", 0.8),
+        ("left", "predicted", 0.1 + same),
+        ("other", "predicted", 0.1 - same),
+    ):
+        deviation = spread * (share * (1 - share) / counts[of]) ** 0.5
+        assert abs(counts[name] / counts[of] - share) <= 5 * deviation, name
 
 
 def test_one_segment_has_no_pairs() -> None:

@@ -80,18 +80,19 @@ def test_lengths_that_never_fill_a_pack() -> None:
 
 
 @pytest.mark.parametrize("kind", ["nsp", "sop", "full"])
-@pytest.mark.parametrize("duplicates", [0, 2])
+@pytest.mark.parametrize(("duplicates", "lanes"), [(0, 1), (2, 1), (0, 2), (2, 4), (0, 5)])
 @pytest.mark.usefixtures("small_pools")
-def test_numbers_say_everything(kind: Any, duplicates: int) -> None:
+def test_numbers_say_everything(kind: Any, duplicates: int, lanes: int) -> None:
     """Whoever begins anywhere, or shares the stream with others, meets the same packs."""
-    options = {"kind": kind, "duplicates": duplicates}
+    options = {"kind": kind, "duplicates": duplicates, "lanes": lanes}
     count = 3 * streamed(**options).packs_of_pass()
     whole = [content(pack) for pack in packs(count, **options)]
     start = count // 2
     assert [content(pack) for pack in packs(count - start, start, **options)] == whole[start:]
-    for rank in range(3):
-        mine = packs(len(range(rank, count, 3)), rank, 3, **options)
-        assert [content(pack) for pack in mine] == whole[rank::3]
+    for processes in (2, 3, 4):
+        for rank in range(processes):
+            mine = packs(len(range(rank, count, processes)), rank, processes, **options)
+            assert [content(pack) for pack in mine] == whole[rank::processes]
     assert [content(pack) for pack in packs(count, seed=4, **options)] != whole
 
 
@@ -99,11 +100,12 @@ def test_numbers_say_everything(kind: Any, duplicates: int) -> None:
 def test_counts_spare_plans() -> None:
     first = streamed()
     expected = [content(pack) for pack in itertools.islice(first.packs(), 500)]
-    assert len(first.counts) > 3
-    second = streamed(counts=list(first.counts))
+    assert len(first.counts[0]) > 3
+    second = streamed(counts=[list(counts) for counts in first.counts])
     planned: list[Any] = []
-    original = second._plan
-    second._plan = lambda *where: planned.append(where) or original(*where)  # type: ignore[method-assign, func-returns-value]
+    (lane,) = second._lanes
+    original = lane.plan
+    lane.plan = lambda *where: planned.append(where) or original(*where)  # type: ignore[method-assign, func-returns-value]
     assert content(next(second.packs(499))) == expected[499]
     assert len(planned) == 1
 
@@ -114,7 +116,7 @@ def test_a_pass_holds_every_instance_once() -> None:
     count = subject.packs_of_pass()
     tokens = np.sort(np.concatenate([assembled(pack) for pack in itertools.islice(subject.packs(), count)]))
     assert np.array_equal(tokens, np.sort(np.concatenate([shard.tokens for shard in SHARDS])))
-    assert len(subject.counts) == 3
+    assert len(subject.counts[0]) == 3
 
 
 def assembled(pack: Pack) -> Any:
@@ -129,7 +131,7 @@ def test_epochs(duplicates: int) -> None:
     """Static duplicates come again, in another order; otherwise every pass has instances of its own."""
     subject = streamed(duplicates=duplicates)
     found = list(itertools.islice(subject.packs(), 400))
-    sizes, passes, start = subject.counts, [], 0
+    sizes, passes, start = subject.counts[0], [], 0
     for size in sizes[:3]:
         passes.append([tuple(content(pack)) for pack in found[start : start + size]])
         start += size
@@ -150,11 +152,36 @@ def test_sequences_and_capacity() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"capacity": 36}, "capacity is 36; it must be at least max_length, 37"), ({"shards": []}, "hold no tokens")],
+    [
+        ({"capacity": 36}, "capacity is 36; it must be at least max_length, 37"),
+        ({"shards": []}, "hold no tokens"),
+        ({"lanes": 0}, r"lanes is 0; it must lie in \[1, 5\], the number of shards"),
+        ({"lanes": 6}, r"lanes is 6; it must lie in \[1, 5\]"),
+    ],
 )
 def test_wrong_arguments(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         streamed(**options)
+
+
+@pytest.mark.usefixtures("small_pools")
+def test_a_process_plans_its_own_lanes_alone() -> None:
+    subject = streamed(lanes=4)
+    list(itertools.islice(subject.packs(1, 2), 100))
+    assert [bool(counts) for counts in subject.counts] == [False, True, False, True]
+    used = {pack.id.lane for pack in itertools.islice(subject.packs(3, 4), 20)}
+    assert used == {3}
+
+
+@pytest.mark.usefixtures("small_pools")
+@pytest.mark.parametrize("lanes", [2, 3, 5])
+def test_lanes_hold_every_instance_once(lanes: int) -> None:
+    subject = streamed(kind="full", short_seq_prob=0.0, lanes=lanes)
+    found: dict[Any, Any] = {}
+    for pack in itertools.islice(subject.packs(), 2 * subject.packs_of_pass()):
+        found.setdefault(pack.id, assembled(pack))
+    tokens = np.sort(np.concatenate([one for identity, one in found.items() if identity.epoch == 0]))
+    assert np.array_equal(tokens, np.sort(np.concatenate([shard.tokens for shard in SHARDS])))
 
 
 # ---- feeds -----------------------------------------------------------------------------------------------------------

@@ -140,7 +140,7 @@ def mask(
         max_span=rule.max_span,
         mask_probability=rule.mask_probability,
         random_probability=rule.random_probability,
-        seed=int(draws(seed, identity.epoch, 3).integers(2**63)),
+        seed=int(draws(seed, identity.epoch, identity.lane, 3).integers(2**63)),
         first_row=identity.pool * PACKS_OF_POOL + identity.number,
     )
     has_pairs = bool((classes != IGNORED).any())

@@ -28,7 +28,7 @@ class Unmasked(NamedTuple):
     id: PackId
     batch: PackedBatch
     classes: Tensor
-    counts: tuple[int, ...]
+    counts: tuple[tuple[int, ...], ...]
 
 
 class Feed(IterableDataset[Unmasked]):
@@ -53,7 +53,7 @@ class Feed(IterableDataset[Unmasked]):
         number, step = self.start + part * self.step, self.step * parts
         for pack in self.stream.packs(number, step):
             batch, classes = assemble(pack, self.vocabulary)
-            yield Unmasked(number, pack.id, batch, classes, tuple(self.stream.counts))
+            yield Unmasked(number, pack.id, batch, classes, tuple(map(tuple, self.stream.counts)))
             number += step
 
     def packs(self) -> Iterator[Unmasked]:

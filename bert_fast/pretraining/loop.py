@@ -112,7 +112,7 @@ class Run:
         )
         self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
         # What the streams know of their pools, by phase.
-        self.counts: dict[int, tuple[int, ...]] = {}
+        self.counts: dict[int, tuple[tuple[int, ...], ...]] = {}
 
     def _model(self) -> BertForPreTraining:
         torch.manual_seed(self.config.train.seed)  # every process starts from the same weights
@@ -123,6 +123,9 @@ class Run:
         return model
 
     def _check_packs(self) -> None:
+        lanes, shards = self.config.data.lanes, sum(len(shard.tokens) > 0 for shard in self.corpus.shards)
+        if lanes > shards:
+            raise ConfigError(f"data.lanes is {lanes}; it must be at most the corpus' shards, {shards}")
         for number, phase in enumerate(self.config.phases):
             packs, processes = self.packs_of_step(phase), self.accelerator.num_processes
             if packs % processes:
@@ -153,7 +156,8 @@ class Run:
             seed=int(draws(config.train.seed, number, 5).integers(2**31)),
             short_seq_prob=config.data.short_seq_prob,
             duplicates=config.data.duplicates,
-            counts=list(self.counts.get(number, ())),
+            lanes=config.data.lanes,
+            counts=[list(counts) for counts in self.counts.get(number, ())],
         )
 
     def steps(self, progress: Progress) -> Iterator[list[Unmasked]]:
@@ -346,7 +350,7 @@ class Run:
                 "progress": progress._asdict(),
                 "config": dump(self.config),
                 "corpus": self.corpus.fingerprint,
-                "counts": {str(phase): list(counts) for phase, counts in self.counts.items()},
+                "counts": {str(phase): counts for phase, counts in self.counts.items()},
                 "scaler": None if scaler is None else scaler.state_dict(),
             },
             keep=self.config.checkpoint.keep,
@@ -375,7 +379,7 @@ class Run:
                 "begins anew"
             )
         checkpoints.load(found[-1], self.objective, self.optimizer.optimizer)
-        self.counts = {int(phase): tuple(counts) for phase, counts in state["counts"].items()}
+        self.counts = {int(phase): tuple(map(tuple, counts)) for phase, counts in state["counts"].items()}
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         return Progress(**state["progress"])

@@ -6,6 +6,8 @@ sees the same data in the same order.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -17,7 +19,7 @@ from .. import masking
 from . import instances
 from .instances import Array, Instances, Kind, ShardLike
 
-# Tokens of the shards whose instances are mixed with one another, and kept in memory as a table.
+# Tokens of the shards, over all lanes, whose instances are mixed with one another and kept in memory as tables.
 POOL_TOKENS = 2**26
 
 # Packs that are filled together: the more, the fuller they get; then each is full to that share, or filled anew.
@@ -29,11 +31,13 @@ class PackId(NamedTuple):
 
     Attributes:
         epoch: pass over the corpus, or number of the static duplicate.
-        pool: number of the pool within the pass.
+        lane: of the stream.
+        pool: number of the pool within the lane's pass.
         number: of the pack within the pool's plan.
     """
 
     epoch: int
+    lane: int
     pool: int
     number: int
 
@@ -107,6 +111,9 @@ def fill(lengths: Array, capacity: int) -> tuple[Array, Array]:
 class PackStream:
     """The packs of a phase of training.
 
+    Pack n is number n // lanes of lane n % lanes. A lane has shards of its own, so that one of several processes plans
+    no more than the lanes that it reads.
+
     Attributes:
         shards: of the corpus.
         kind: of instances, see instances.build.
@@ -116,8 +123,9 @@ class PackStream:
         short_seq_prob: see instances.build.
         duplicates: 0: every pass over the corpus has new instances, and new masks; n: there are n different ones, which
             come again and again, as in the released code of Devlin et al. 2018.
-        counts: packs in the pools so far, which the stream finds as it goes; given back to another stream with the same
-            settings they spare it the plans of what it passes over.
+        lanes: how many.
+        counts: for each lane, packs in its pools so far, which the stream finds as it goes; given back to another
+            stream with the same settings they spare it the plans of what it passes over.
     """
 
     shards: Sequence[ShardLike]
@@ -127,14 +135,23 @@ class PackStream:
     seed: int = 0
     short_seq_prob: float = 0.1
     duplicates: int = 0
-    counts: list[int] = field(default_factory=list)
+    lanes: int = 1
+    counts: list[list[int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.capacity < self.max_length:
             raise ValueError(f"capacity is {self.capacity}; it must be at least max_length, {self.max_length}")
-        if sum(len(shard.tokens) for shard in self.shards) == 0:
+        shards = [shard for shard in self.shards if len(shard.tokens) > 0]
+        if not shards:
             raise ValueError("the shards hold no tokens")
-        self._plans: dict[tuple[int, int], _Plan] = {}
+        if not 1 <= self.lanes <= len(shards):
+            raise ValueError(f"lanes is {self.lanes}; it must lie in [1, {len(shards)}], the number of shards")
+        self.counts += [[] for _ in range(self.lanes - len(self.counts))]
+        order = draws(self.seed, 0).permutation(len(shards))
+        self._lanes = [
+            _Lane(self, number, [shards[i] for i in order[number :: self.lanes]], self.counts[number])
+            for number in range(self.lanes)
+        ]
 
     def packs(self, start: int = 0, step: int = 1) -> Iterator[Pack]:
         """Packs number start, start + step, ... without an end.
@@ -143,56 +160,82 @@ class PackStream:
             start: number of the first.
             step: distance of the numbers, such as the number of processes that share the stream.
         """
-        wanted, first, pool = start, 0, 0
-        while True:
+        # After so many packs it is the same lane's turn again.
+        period = self.lanes // math.gcd(step, self.lanes)
+        turns = []
+        for number in range(start, start + period * step, step):
+            lane = self._lanes[number % self.lanes]
+            turns.append(lane.packs(number // self.lanes, step * period // self.lanes))
+        for turn in itertools.cycle(turns):
+            yield next(turn)
+
+    def packs_of_pass(self) -> int:
+        """Packs of a first pass over the corpus."""
+        return sum(lane.packs_of_pass() for lane in self._lanes)
+
+
+class _Lane:
+    """A part of a stream's shards, in passes over pools of them.
+
+    Args:
+        stream: whose settings it has.
+        number: of the lane.
+        shards: of the lane.
+        counts: packs in its pools so far.
+    """
+
+    def __init__(self, stream: PackStream, number: int, shards: list[ShardLike], counts: list[int]) -> None:
+        self.stream, self.number, self.shards, self.counts = stream, number, shards, counts
+        tokens = sum(len(shard.tokens) for shard in shards)
+        self.pools = min(len(shards), -(-tokens * stream.lanes // POOL_TOKENS))
+        self.planned: tuple[int, int, _Plan] | None = None
+
+    def packs(self, start: int, step: int) -> Iterator[Pack]:
+        """See PackStream.packs, with the lane's own numbers."""
+        wanted, first = start, 0
+        for pool in itertools.count():
             count = self.counts[pool] if pool < len(self.counts) else None
             if count is None or wanted < first + count:
-                epoch, number = divmod(pool, len(self._pools(0)))
-                plan = self._plan(self._source(epoch), number)
+                epoch, number = divmod(pool, self.pools)
+                source = epoch % self.stream.duplicates if self.stream.duplicates else epoch
+                plan = self.plan(source, number)
                 count = len(plan)
                 if pool == len(self.counts):
                     self.counts.append(count)
-                shown = draws(self.seed, epoch, number, 1).permutation(count)
+                shown = self.draws(epoch, number, 1).permutation(count)
                 while wanted < first + count:
-                    yield self._pack(plan, PackId(self._source(epoch), number, int(shown[wanted - first])))
+                    yield self.pack(plan, PackId(source, self.number, number, int(shown[wanted - first])))
                     wanted += step
             first += count
-            pool += 1
 
     def packs_of_pass(self) -> int:
-        """Packs of the first pass over the corpus."""
-        return sum(len(self._plan(0, number)) for number in range(len(self._pools(0))))
+        return sum(len(self.plan(0, number)) for number in range(self.pools))
 
-    def _source(self, epoch: int) -> int:
-        return epoch % self.duplicates if self.duplicates else epoch
+    def draws(self, *numbers: int) -> np.random.Generator:
+        return draws(self.stream.seed, self.number, *numbers)
 
-    def _pools(self, epoch: int) -> list[Array]:
-        """Numbers of the shards of each pool."""
-        tokens = sum(len(shard.tokens) for shard in self.shards)
-        number = min(len(self.shards), -(-tokens // POOL_TOKENS))
-        return np.array_split(draws(self.seed, epoch, 0).permutation(len(self.shards)), number)
-
-    def _plan(self, epoch: int, number: int) -> _Plan:
+    def plan(self, epoch: int, number: int) -> _Plan:
         """What the packs of a pool hold; the last pool's plan is kept."""
-        if (epoch, number) not in self._plans:
-            shards = [self.shards[i] for i in self._pools(epoch)[number]]
-            generator = draws(self.seed, epoch, number, 2)
+        if self.planned is None or self.planned[:2] != (epoch, number):
+            order = self.draws(epoch, 0).permutation(len(self.shards))
+            shards = [self.shards[i] for i in np.array_split(order, self.pools)[number]]
+            generator = self.draws(epoch, number, 2)
             table = instances.build(
                 shards,
-                self.kind,
-                max_length=self.max_length,
-                short_seq_prob=self.short_seq_prob,
+                self.stream.kind,
+                max_length=self.stream.max_length,
+                short_seq_prob=self.stream.short_seq_prob,
                 seed=int(generator.integers(2**63)),
             )
             mixed = generator.permutation(len(table))
-            order, offsets = fill(table.lengths[mixed], self.capacity)
-            self._plans = {(epoch, number): _Plan(shards, table, mixed[order], offsets)}
-        return self._plans[epoch, number]
+            order, offsets = fill(table.lengths[mixed], self.stream.capacity)
+            self.planned = epoch, number, _Plan(shards, table, mixed[order], offsets)
+        return self.planned[2]
 
     @staticmethod
-    def _pack(plan: _Plan, identity: PackId) -> Pack:
+    def pack(plan: _Plan, identity: PackId) -> Pack:
         start, stop = plan.offsets[identity.number : identity.number + 2]
         return Pack(identity, plan.shards, plan.instances, plan.order[start:stop])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plans": {}}
+        return {**self.__dict__, "planned": None}
