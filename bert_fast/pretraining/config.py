@@ -76,6 +76,7 @@ class Data(Section):
     )
     short_seq_prob: Share = Field(default=0.1, description="Share of the pairs that are made shorter than the length.")
     duplicates: Count = Field(default=0, description="0: masks are always new; n: n fixed ones, as in BERT's code.")
+    lanes: Positive = Field(1, description="Parts of the corpus that take turns; a process plans only those it reads.")
     workers: Count = Field(default=0, description="Processes that make batches; 0: the run's own.")
 
 
