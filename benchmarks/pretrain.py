@@ -1,8 +1,8 @@
 """python -m benchmarks.pretrain --text FILE: pretraining, beside transformers' BertForPreTraining and Trainer.
 
 Both begin with the same weights and read the same packs in the same order, with the same masks, optimizer and schedule;
-the Trainer's are padded to their longest sequence, and its model runs SDPA. Each has a process of its own. Held-out
-text judges both checkpoints in the same way. Where all has been prepared already, `--work` takes it up again.
+the Trainer's are padded to their longest sequence, and its model runs SDPA. Each has a process of its own, on a GPU if
+there is one. Held-out text judges both checkpoints in the same way. What is in --work already is not done again.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch import Tensor
 from bert_fast.functional import IGNORED
 from bert_fast.pretraining.batches import PretrainingBatch
 from bert_fast.pretraining.config import RunConfig, from_dict
+from bert_fast.pretraining.log import read_log
 from bert_fast.pretraining.loop import Progress, Run
 
 from .facts import heading, write_json
@@ -34,8 +36,8 @@ OUT = Path("benchmarks/results/cpu-pretrain.json")
 PACKAGES = ("bert-fast", "torch", "transformers", "accelerate", "numpy")
 OURS, THEIRS = "bert_fast", "transformers Trainer"
 
-# Steps at the start that are not timed, and the length of a stretch whose time is one of those the median is of.
-WARM_UP, STRETCH = 10, 25
+# Steps that are timed together.
+STRETCH = 25
 
 
 def configuration(options: argparse.Namespace, out: Path) -> RunConfig:
@@ -48,7 +50,7 @@ def configuration(options: argparse.Namespace, out: Path) -> RunConfig:
             "optimizer": {"learning_rate": options.learning_rate},
             "schedule": {"steps": options.steps},
             "batch": {"tokens_per_step": options.tokens, "tokens_per_pack": options.tokens},
-            "train": {"seed": 1},
+            "train": {"seed": 1, "precision": options.precision},
             "log": {"every": STRETCH, "tensorboard": False},
             "eval": {"every": 0, "packs": 40},
             "checkpoint": {"every": 0},
@@ -79,37 +81,18 @@ def prepare(options: argparse.Namespace) -> None:
 
 def run_ours(options: argparse.Namespace) -> dict[str, Any]:
     config = configuration(options, options.work / "ours")
-    subject = Run(config)
-    clock = Clock()
-    step = subject._step
-
-    def timed_step(*arguments: Any) -> None:
-        step(*arguments)
-        clock.tick()
-
-    subject._step = timed_step  # type: ignore[method-assign, assignment]
-    result = subject.go(resume=False)
-    return {**clock.result(), "checkpoint": str(result.folder)}
+    result = Run(config).go(resume=False)
+    lines = [line for line in read_log(config.out / "log.jsonl") if line["kind"] == "step"]
+    return {**times([line["seconds"] for line in lines]), "checkpoint": str(result.folder)}
 
 
-class Clock:
-    """Times of stretches of steps, from the end of one to the end of the other."""
-
-    def __init__(self) -> None:
-        self.steps, self.ends = 0, [time.perf_counter()]
-
-    def tick(self) -> None:
-        self.steps += 1
-        if self.steps == WARM_UP or (self.steps > WARM_UP and (self.steps - WARM_UP) % STRETCH == 0):
-            self.ends.append(time.perf_counter())
-
-    def result(self) -> dict[str, Any]:
-        times = [(stop - start) / STRETCH for start, stop in zip(self.ends[1:], self.ends[2:], strict=False)]
-        return {
-            "seconds_per_step": statistics.median(times) if times else None,
-            "seconds": time.perf_counter() - self.ends[0],
-            "stretches": times,
-        }
+def times(stretches: Sequence[float]) -> dict[str, Any]:
+    """Of seconds for each STRETCH steps; the first ones warm up."""
+    return {
+        "seconds_per_step": statistics.median(stretches[1:] or stretches) / STRETCH,
+        "seconds": sum(stretches),
+        "stretches": list(stretches),
+    }
 
 
 def padded(batch: PretrainingBatch) -> dict[str, Tensor]:
@@ -149,8 +132,11 @@ def run_theirs(options: argparse.Namespace) -> dict[str, Any]:
             return DataLoader(Packs(), batch_size=None)
 
     class Ticks(transformers.TrainerCallback):
-        def on_step_end(self, *_arguments: Any, **_keywords: Any) -> None:
-            clock.tick()
+        """Notes when each stretch ends."""
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+            if state.global_step % STRETCH == 0:
+                ends.append(time.perf_counter())
 
     settings = subject.config.optimizer
     arguments = transformers.TrainingArguments(
@@ -169,16 +155,17 @@ def run_theirs(options: argparse.Namespace) -> dict[str, Any]:
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        use_cpu=True,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=options.precision == "bf16",
         seed=1,
     )
     trainer = Trainer(model=model, args=arguments, train_dataset=Packs(), callbacks=[Ticks()])
-    clock = Clock()
+    ends = [time.perf_counter()]
     trainer.train()
-    times = clock.result()
     folder = options.work / "theirs"
     model.save_pretrained(folder)
-    return {**times, "checkpoint": str(folder)}
+    stretches = [stop - start for start, stop in pairwise(ends)]
+    return {**times(stretches), "checkpoint": str(folder)}
 
 
 def judge(options: argparse.Namespace, checkpoint: str) -> dict[str, Any]:
@@ -220,6 +207,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)

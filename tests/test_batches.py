@@ -10,9 +10,9 @@ import pytest
 import torch
 from corpora import TinyShard, TinyVocabulary, random_shard
 from models import assert_near, assert_same_gradients, gradients, one_thread, randomise  # noqa: F401
-from torch import Tensor
 
 import bert_fast
+from benchmarks.pretrain import padded
 from bert_fast.functional import IGNORED
 from bert_fast.pretraining import batches, objective
 from bert_fast.pretraining.batches import Masking, PretrainingBatch, assemble, word_ids
@@ -167,21 +167,6 @@ def model(**options: Any) -> bert_fast.BertForPreTraining:
     return made
 
 
-def padded(batch: PretrainingBatch) -> dict[str, Tensor]:
-    """The same batch as transformers' models take it."""
-    lengths = batch.packed.cu_seqlens.diff().tolist()
-    result = {}
-    for name, rows, fill in (
-        ("input_ids", batch.packed.ids, 0),
-        ("token_type_ids", batch.packed.token_types, 0),
-        ("labels", batch.labels[0], IGNORED),
-    ):
-        assert rows is not None
-        result[name] = torch.nn.utils.rnn.pad_sequence(list(rows.split(lengths)), batch_first=True, padding_value=fill)
-    result["attention_mask"] = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
-    return result
-
-
 @pytest.mark.parametrize("kind", ["nsp", "sop", "full"])
 def test_losses_are_transformers(kind: Any, tmp_path: Any) -> None:
     """Sums of losses and their gradients, against the padded batch and means."""
@@ -192,7 +177,7 @@ def test_losses_are_transformers(kind: Any, tmp_path: Any) -> None:
     batch = batch_of(packs(1, kind)[0], rate=0.3)
     subject = Objective(ours).train()
     masked, pairs = subject(batch)
-    output = theirs(**{name: x for name, x in padded(batch).items() if name != "labels"})
+    output = theirs(**{name: x for name, x in padded(batch).items() if "label" not in name})
     scores = output.prediction_logits.flatten(0, 1)
     expected = torch.nn.functional.cross_entropy(scores, padded(batch)["labels"].flatten(), reduction="sum")
     expected_pairs = (output.seq_relationship_logits * 0).sum()
