@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bert_fast.pretraining import corpus
+from bert_fast.pretraining import readers
 from bert_fast.pretraining.corpus import (
     CorpusError,
     Problem,
@@ -68,7 +68,7 @@ def test_formats(tmp_path: Path, kind: str, packing: str) -> None:
 
 @pytest.mark.parametrize("kind", ["string", "large_string", "list"])
 def test_parquet(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "ROWS", 2)
+    monkeypatch.setattr(readers, "ROWS", 2)
     values = DOCUMENTS if kind == "list" else ["\n".join(lines) for lines in DOCUMENTS]
     assert read(write_parquet(tmp_path / "a.parquet", values, kind)) == (DOCUMENTS, [])
 
@@ -146,7 +146,7 @@ BAD: dict[str, tuple[str, bytes, list[list[str]], int | None, str]] = {
 def test_bad_input(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name, content, documents, line, reason = BAD[case]
     if case.startswith(("long", "no blanks")):
-        monkeypatch.setattr(corpus, "MAX_LINE", 20)
+        monkeypatch.setattr(readers, "MAX_LINE", 20)
     file = write(tmp_path / name, content)
     found, problems = read(file)
     assert found == documents

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 import bert_fast
+from bert_fast.pretraining import chunks
 from bert_fast.pretraining import prepare as preparing
 from bert_fast.pretraining.corpus import CorpusError, Problem, refuse, split_sentences
 from bert_fast.pretraining.prepare import Prepared, Progress, prepare
@@ -124,7 +125,7 @@ def expected_ids(vocabulary: Vocabulary, held_out: float, is_split: bool) -> tup
 def test_contents(
     make: Callable[..., Prepared], vocabulary: Vocabulary, sentences: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preparing, "BATCH", 7)
+    monkeypatch.setattr(chunks, "BATCH", 7)
     prepared = make(sentences=sentences)
     expected = expected_ids(vocabulary, 0.1, sentences == "split")
     assert 5 < len(expected[1]) < 30
@@ -289,7 +290,7 @@ def test_finished_folders_are_left_alone(
 ) -> None:
     first = make()
     times = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*.npy")}
-    monkeypatch.setattr(preparing, "_run", None)
+    monkeypatch.setattr(preparing, "write_chunks", None)
     again = make()
     assert (again.totals, again.problems) == (first.totals, first.problems)
     assert {file: file.stat().st_mtime_ns for file in times} == times

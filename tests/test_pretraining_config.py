@@ -20,7 +20,6 @@ from bert_fast.config import ACTIVATIONS
 from bert_fast.pretraining.config import (
     PRESETS,
     ConfigError,
-    Model,
     RunConfig,
     describe,
     differences,
@@ -28,6 +27,7 @@ from bert_fast.pretraining.config import (
     from_dict,
     load,
 )
+from bert_fast.pretraining.settings import Model
 
 toml = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
