@@ -36,6 +36,8 @@ OUT = Path("benchmarks/results/cpu-pretrain.json")
 PACKAGES = ("bert-fast", "torch", "transformers", "accelerate", "numpy")
 OURS, THEIRS = "bert_fast", "transformers Trainer"
 
+START = Progress(step=0, phase=0, phase_steps=(0,), elapsed=0.0)
+
 # Steps that are timed together.
 STRETCH = 25
 
@@ -124,7 +126,7 @@ def run_theirs(options: argparse.Namespace) -> dict[str, Any]:
 
     class Packs(IterableDataset[dict[str, Tensor]]):
         def __iter__(self) -> Iterator[dict[str, Tensor]]:
-            for number, packs in enumerate(subject.steps(Progress())):
+            for number, packs in enumerate(subject.steps(START)):
                 yield padded(subject.masked(packs[0], number / options.steps))
 
     class Trainer(transformers.Trainer):
@@ -174,7 +176,7 @@ def judge(options: argparse.Namespace, checkpoint: str) -> dict[str, Any]:
 
     subject = Run(configuration(options, options.work / "unused"))
     files.apply(subject.accelerator.unwrap_model(subject.objective).model, files.load(checkpoint))
-    found = subject._evaluate(None, Progress(step=options.steps))
+    found = subject._evaluate(None, START._replace(step=options.steps))
     assert found is not None
     return {"mlm_loss": found.mlm_loss, "mlm_accuracy": found.mlm_accuracy, "nsp_accuracy": found.nsp_accuracy}
 

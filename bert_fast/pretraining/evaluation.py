@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from .batches import VocabularyLike, mask
 from .feed import Feed
@@ -56,6 +57,8 @@ def evaluate(
             sums[0] += batch.packed.total_tokens
             sums[1:] += found
     objective.train()
+    if isinstance(objective, FSDPModule):
+        objective.reshard()  # without a backward pass its own weights have stayed whole
     tokens, masked, correct, predicted, _, pair_correct, pairs = accelerator.reduce(sums, reduction="sum").tolist()
     return Evaluation(
         step=step,

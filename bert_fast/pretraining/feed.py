@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -61,10 +62,12 @@ class Feed(IterableDataset[Unmasked]):
         if self.workers == 0:
             yield from self
             return
+        can_fork = sys.platform == "linux" and not torch.cuda.is_initialized()
         yield from DataLoader(
             self,
             batch_size=None,
             num_workers=self.workers,
             prefetch_factor=4,
-            multiprocessing_context="spawn" if torch.cuda.is_initialized() else None,
+            # Not by a fork server, which is their parent, and lives on with them when this process is killed.
+            multiprocessing_context="fork" if can_fork else "spawn",
         )

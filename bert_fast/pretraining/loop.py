@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,17 +18,21 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
-from .. import checkpoint
 from ..heads import BertForPreTraining
 from . import checkpoints, optimizers, schedules
 from .batches import Masking, PretrainingBatch, mask
+from .checkpoints import CheckpointError
 from .config import ConfigError, Phase, RunConfig, differences, dump, from_dict
 from .evaluation import evaluate
 from .feed import Feed, Unmasked
 from .flops import peak_flops
+from .initial import start_from
+from .machine import make_accelerator, only_run
 from .monitor import Evaluation, Monitor, Step
-from .objective import Objective, checkpoint_activations
+from .objective import Objective, checkpoint_activations, shard
 from .shards import Corpus
 from .stream import PackStream, draws
 from .tally import Tally
@@ -44,15 +48,21 @@ class Progress(NamedTuple):
 
     Attributes:
         step: steps done.
-        phase: number of the phase.
-        phase_step: steps done in it.
+        phase: number of the last step's phase.
+        phase_steps: steps done in each phase; a longer schedule may lead back to one.
         elapsed: seconds of work, those before a restart among them.
     """
 
-    step: int = 0
-    phase: int = 0
-    phase_step: int = 0
-    elapsed: float = 0.0
+    step: int
+    phase: int
+    phase_steps: tuple[int, ...]
+    elapsed: float
+
+    def after_step(self) -> Progress:
+        """With one more step of the phase."""
+        steps = list(self.phase_steps)
+        steps[self.phase] += 1
+        return self._replace(step=self.step + 1, phase_steps=tuple(steps))
 
 
 @dataclass(frozen=True)
@@ -79,7 +89,7 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
 
     Raises:
         ConfigError: the configuration does not fit the machine, the corpus, or the run that is gone on with.
-        CheckpointError: the checkpoint cannot be gone on from.
+        CheckpointError: the checkpoint cannot be gone on from, or weights became infinite or NaN.
     """
     return Run(config, console).go(resume=resume)
 
@@ -97,10 +107,18 @@ class Run:
         minutes = config.schedule.minutes
         self.budget = schedules.Budget(steps=config.schedule.steps, seconds=None if minutes is None else 60 * minutes)
         self._check_packs()
+        self._check_documents()
+        # The checkpoint that there is to go on from.
+        self.last = self._last_checkpoint()
         objective = Objective(self._model())
         if config.train.activation_checkpointing:
             checkpoint_activations(objective.model)
         self.tally = Tally(objective.model.config, self.accelerator.device)
+        if config.train.fsdp and self.accelerator.num_processes > 1:
+            dtype = DTYPES[config.train.precision]
+            shard(objective, self.accelerator.device, self.accelerator.num_processes, dtype)
+        else:
+            objective = self.accelerator.prepare(objective)
         settings = config.optimizer
         optimizer = optimizers.build(
             settings.name,
@@ -110,16 +128,20 @@ class Run:
             betas=settings.betas,
             eps=settings.eps,
         )
-        self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
+        self.objective, self.optimizer = objective, self.accelerator.prepare(optimizer)
         # What the streams know of their pools, by phase.
         self.counts: dict[int, tuple[tuple[int, ...], ...]] = {}
+        # Held-out text, by length; a stream keeps its plan.
+        self.judges: dict[int, PackStream] = {}
+        # The last step that was told, evaluated and saved.
+        self.done: dict[str, int] = {}
 
     def _model(self) -> BertForPreTraining:
         torch.manual_seed(self.config.train.seed)  # every process starts from the same weights
         pad_id = self.vocabulary.pad_id
         model = BertForPreTraining(self.config.bert_config(self.vocabulary.size, pad_token_id=pad_id))
-        if self.config.model.init is not None:
-            checkpoint.apply(model, checkpoint.load(self.config.model.init))
+        if self.config.model.init is not None and self.last is None:
+            start_from(self.config.model.init, model, self.vocabulary)
         return model
 
     def _check_packs(self) -> None:
@@ -133,6 +155,16 @@ class Run:
                     f"phases[{number}].tokens_per_step is {phase.tokens_per_step}, which makes {packs} packs of "
                     f"batch.tokens_per_pack, {self.config.batch.tokens_per_pack}; {processes} processes cannot share "
                     "them evenly"
+                )
+
+    def _check_documents(self) -> None:
+        corpus = f"data.corpus is {self.config.data.corpus}, which"
+        if self.corpus.total_tokens == 0:
+            raise ConfigError(f"{corpus} holds no text to train on; prepare it with a smaller held-out share")
+        for part in (self.corpus, self.held_out):
+            if self.config.data.instances == "nsp" and part.total_documents == 1:
+                raise ConfigError(
+                    f'{corpus} has one document in its part "{part.part}"; data.instances "nsp" needs two to draw from'
                 )
 
     # ---- the data ----
@@ -167,7 +199,7 @@ class Run:
         feed = Feed(
             self.stream(progress.phase),
             self.vocabulary,
-            start=progress.phase_step * packs + self.accelerator.process_index,
+            start=progress.phase_steps[progress.phase] * packs + self.accelerator.process_index,
             step=processes,
             workers=self.config.data.workers,
         ).packs()
@@ -192,39 +224,56 @@ class Run:
 
     def go(self, *, resume: bool) -> Result:
         """From the start, or the last checkpoint, to the end of the budget."""
-        progress = self._resumed() if resume else self._fresh()
-        config = self.config
-        evaluation = None
+        with only_run(self.config.out) if self.accelerator.is_main_process else nullcontext():
+            return self._go(self._resumed() if resume else self._fresh())
+
+    def _go(self, progress: Progress) -> Result:
+        if self.accelerator.is_main_process:
+            checkpoints.remove_rests(self._folder)
+        self.done = dict.fromkeys(("log", "eval", "checkpoint"), progress.step)
+        self.evaluation: Evaluation | None = None
+        self.began = time.perf_counter() - progress.elapsed
+        share = 0.0
         steps: Iterator[list[Unmasked]] | None = None
         with self._monitor(progress) as monitor:
-            self.tally.clear()
             while not self._is_over(progress):
-                started = time.perf_counter()
                 share = self.budget.progress(progress.step, progress.elapsed)
-                if self.phase_at(share) != progress.phase:
-                    progress, steps = progress._replace(phase=self.phase_at(share), phase_step=0), None
-                steps = self.steps(progress) if steps is None else steps
+                if steps is None or self.phase_at(share) != progress.phase:
+                    progress = progress._replace(phase=self.phase_at(share))
+                    steps = self.steps(progress)
                 self._step(next(steps), progress, share)
-                progress = progress._replace(step=progress.step + 1, phase_step=progress.phase_step + 1)
-                progress = self._later(progress, started)
-                is_last = self._is_over(progress)
-                if is_last or progress.step % config.log.every == 0:
-                    self._tell(monitor, progress, share)
-                paused = time.perf_counter()
-                if is_last or _is_due(config.eval.every, progress.step):
-                    evaluation = self._evaluate(monitor, progress)
-                if is_last or _is_due(config.checkpoint.every, progress.step):
-                    self._save(self._later(progress, paused))
-                progress = self._later(progress, paused)
-                self.tally.pause(time.perf_counter() - paused)
-        return Result(self._folder / checkpoints.name(progress.step), progress, evaluation)
+                progress = self._now(progress.after_step())
+                progress = self._look(monitor, progress, share, is_last=self._is_over(progress))
+            # An evaluation, too, may bring a time to its end.
+            self._look(monitor, progress, share, is_last=True)
+        return Result(self._folder / checkpoints.name(progress.step), progress, self.evaluation)
+
+    def _look(self, monitor: Monitor | None, progress: Progress, share: float, *, is_last: bool) -> Progress:
+        """Tells, evaluates and saves where it is due, at last what is left to be; the progress after that."""
+        if self._is_due("log", progress.step, is_last):
+            self._tell(monitor, progress, share)
+        if self._is_due("eval", progress.step, is_last):
+            with self.tally.paused():
+                self.evaluation = self._evaluate(monitor, progress)
+            progress = self._now(progress)
+        if self._is_due("checkpoint", progress.step, is_last):
+            self._save(progress)
+            progress = self._now(progress)
+        return progress
+
+    def _is_due(self, what: str, step: int, is_last: bool) -> bool:
+        every = getattr(self.config, what).every
+        is_due = self.done[what] < step and (is_last or (every > 0 and step % every == 0))
+        if is_due:
+            self.done[what] = step
+        return is_due
 
     def _is_over(self, progress: Progress) -> bool:
         return self.budget.is_over(progress.step, progress.elapsed)
 
-    def _later(self, progress: Progress, since: float) -> Progress:
-        """With the time since then; where the clock decides, it is the first process's."""
-        elapsed = progress.elapsed + time.perf_counter() - since
+    def _now(self, progress: Progress) -> Progress:
+        """With the time that it is; where the clock decides, it is the first process's."""
+        elapsed = time.perf_counter() - self.began
         if self.config.schedule.minutes is not None and self.accelerator.num_processes > 1:
             mine = elapsed if self.accelerator.is_main_process else 0.0
             elapsed = float(self._summed(torch.tensor([mine], dtype=torch.float64)))
@@ -243,7 +292,7 @@ class Run:
         for pack, batch in zip(packs, batches, strict=True):
             # Dropout, too, is a function of the pack.
             torch.manual_seed(int(draws(self.config.train.seed, progress.phase, pack.number, 4).integers(2**63)))
-            with nullcontext() if pack is packs[-1] else accelerator.no_sync(self.objective):
+            with nullcontext() if pack is packs[-1] else self._no_sync():
                 with accelerator.autocast():
                     masked_loss, pair_loss = self.objective(batch.to(accelerator.device))
                 # Processes' gradients are averaged; theirs are parts of one sum.
@@ -251,10 +300,22 @@ class Run:
                 accelerator.backward(loss)
             self.tally.add(masked_loss, pair_loss)
         if clip_norm:
-            self.tally.norm = accelerator.clip_grad_norm_(self.objective.parameters(), clip_norm)
+            norm: Any = accelerator.clip_grad_norm_(self.objective.parameters(), clip_norm)
+            self.tally.norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.counts[progress.phase] = packs[-1].counts
+
+    @contextmanager
+    def _no_sync(self) -> Iterator[None]:
+        """Gradients stay where they are, for more are added to them."""
+        if not isinstance(self.objective, FSDPModule):
+            with self.accelerator.no_sync(self.objective):
+                yield
+            return
+        self.objective.set_requires_gradient_sync(False)
+        yield
+        self.objective.set_requires_gradient_sync(True)
 
     def learning_rate(self, share: float) -> float:
         settings = self.config.schedule
@@ -280,7 +341,7 @@ class Run:
             tensorboard=self.config.log.tensorboard,
             peak=None if peak is None else peak * self.accelerator.num_processes,
             every=1,  # this loop reports sums over steps already
-            is_resumed_at=progress.step or None,
+            is_resumed_at=progress.step,  # what a run without a checkpoint has said is said again
         )
 
     def _tell(self, monitor: Monitor | None, progress: Progress, share: float) -> None:
@@ -313,13 +374,7 @@ class Run:
         """What the model makes of the held-out text, if there is any, in sequences of the phase's length."""
         if self.held_out.total_tokens == 0:
             return None
-        stream = PackStream(
-            self.held_out.shards,
-            self.config.data.instances,
-            self.config.phases[progress.phase].length,
-            self.config.batch.tokens_per_pack,
-            short_seq_prob=0.0,
-        )
+        stream = self.judges.setdefault(self.config.phases[progress.phase].length, self._judge(progress.phase))
         evaluation = evaluate(
             self.accelerator,
             self.objective,
@@ -332,82 +387,80 @@ class Run:
             monitor.evaluation(evaluation)
         return evaluation
 
+    def _judge(self, phase: int) -> PackStream:
+        """Held-out text in sequences of a phase's length."""
+        return PackStream(
+            self.held_out.shards,
+            self.config.data.instances,
+            self.config.phases[phase].length,
+            self.config.batch.tokens_per_pack,
+            short_seq_prob=0.0,
+        )
+
     # ---- checkpoints ----
 
     @property
     def _folder(self) -> Path:
         return self.config.out / "checkpoints"
 
+    def _last_checkpoint(self) -> Path | None:
+        found = checkpoints.find(self._folder)
+        last = found[-1] if found else None
+        step = torch.tensor([-1 if last is None else checkpoints.step_of(last)])
+        if len(set(self.accelerator.gather(step.to(self.accelerator.device)).tolist())) > 1:
+            raise CheckpointError(
+                f"processes see different checkpoints in {self._folder}; it must be on a file system that all share"
+            )
+        return last
+
     def _save(self, progress: Progress) -> None:
         scaler = self.accelerator.scaler
-        checkpoints.save(
-            self._folder,
-            progress.step,
-            self.objective,
-            self.optimizer.optimizer,
-            vocabulary=self.vocabulary,
-            state={
-                "progress": progress._asdict(),
-                "config": dump(self.config),
-                "corpus": self.corpus.fingerprint,
-                "counts": {str(phase): counts for phase, counts in self.counts.items()},
-                "scaler": None if scaler is None else scaler.state_dict(),
-            },
-            keep=self.config.checkpoint.keep,
-            is_first=self.accelerator.is_main_process,
-        )
-        self.accelerator.wait_for_everyone()
+        tally = {"sums": self._summed(self.tally.sums()).tolist(), "seconds": self.tally.seconds}
+        with self.tally.paused():
+            checkpoints.save(
+                self._folder,
+                progress.step,
+                self.objective,
+                self.optimizer.optimizer,
+                vocabulary=self.vocabulary,
+                state={
+                    "progress": progress._asdict(),
+                    "tally": tally,
+                    "config": dump(self.config),
+                    "corpus": self.corpus.fingerprint,
+                    "counts": {str(phase): counts for phase, counts in self.counts.items()},
+                    "scaler": None if scaler is None else scaler.state_dict(),
+                },
+                keep=self.config.checkpoint.keep,
+                is_first=self.accelerator.is_main_process,
+            )
+            self.accelerator.wait_for_everyone()
 
     def _fresh(self) -> Progress:
-        if checkpoints.find(self._folder):
+        if self.last is not None:
             raise ConfigError(f"out is {self.config.out}, which holds checkpoints; --resume goes on with that run")
-        return Progress()
+        self.tally.clear()
+        return Progress(step=0, phase=0, phase_steps=(0,) * len(self.config.phases), elapsed=0.0)
 
     def _resumed(self) -> Progress:
         """Where the last checkpoint is, with everything as it was there; the start, where there is none."""
-        found = checkpoints.find(self._folder)
-        if not found:
-            return Progress()
-        state = checkpoints.load_state(found[-1])
-        changed = differences(from_dict(state["config"]), self.config)
-        changed = [key for key in changed if not key.startswith(FREE)]
+        if self.last is None:
+            return self._fresh()
+        state = checkpoints.load_state(self.last)
+        before = from_dict(state["config"], source=f"{self.last}, state.json")
+        changed = [key for key in differences(before, self.config) if not key.startswith(FREE)]
         if changed:
-            raise ConfigError(f"{found[-1]} was written with another {', '.join(changed)}; another `out` begins anew")
+            raise ConfigError(f"{self.last} was written with another {', '.join(changed)}; another `out` begins anew")
         if state["corpus"] != self.corpus.fingerprint:
             raise ConfigError(
-                f"data.corpus is {self.config.data.corpus}, and {found[-1]} comes of another corpus; another `out` "
+                f"data.corpus is {self.config.data.corpus}, and {self.last} comes of another corpus; another `out` "
                 "begins anew"
             )
-        checkpoints.load(found[-1], self.objective, self.optimizer.optimizer)
+        checkpoints.load(self.last, self.objective, self.optimizer.optimizer)
         self.counts = {int(phase): tuple(map(tuple, counts)) for phase, counts in state["counts"].items()}
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        return Progress(**state["progress"])
-
-
-def _is_due(every: int, step: int) -> bool:
-    return every > 0 and step % every == 0
-
-
-def make_accelerator(config: RunConfig) -> Any:
-    """accelerate's Accelerator for a run.
-
-    Raises:
-        ConfigError: the machine cannot compute in that precision.
-    """
-    from accelerate import Accelerator, FullyShardedDataParallelPlugin
-    from accelerate.state import AcceleratorState
-
-    has_gpu = torch.cuda.is_available()
-    if config.train.precision == "fp16" and not has_gpu:
-        raise ConfigError('train.precision is "fp16", which needs a GPU; "fp32" and "bf16" work everywhere')
-    sharding = None
-    if config.train.fsdp:
-        sharding = FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=["EncoderLayer"],
-        )
-    AcceleratorState._reset_state()  # of an earlier run in this process, which may have had another precision
-    precision = "no" if config.train.precision == "fp32" else config.train.precision
-    return Accelerator(mixed_precision=precision, fsdp_plugin=sharding, cpu=not has_gpu)
+        if self.accelerator.is_main_process:  # the sums are of all
+            self.tally.restore(**state["tally"])
+        progress = state["progress"]
+        return Progress(**{**progress, "phase_steps": tuple(progress["phase_steps"])})

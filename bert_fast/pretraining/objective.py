@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from ..functional import IGNORED
@@ -73,3 +76,24 @@ def checkpoint_activations(model: BertForPreTraining) -> None:
     for layer in model.bert.layers:
         original: Any = layer.forward
         layer.forward = functools.partial(checkpoint, original, use_reentrant=False)
+
+
+def shard(objective: Objective, device: torch.device, processes: int, dtype: torch.dtype) -> None:
+    """Spreads weights, gradients and moments over the processes, layer by layer (FSDP2; Zhao et al. 2023).
+
+    accelerate does so on accelerators alone and leaves CPUs with whole weights, without a word.
+
+    Args:
+        objective: of which every process has the same weights.
+        device: of this process.
+        processes: their number, all of one group.
+        dtype: of the weights in the forward and the backward pass; those of the optimizer stay in float32.
+    """
+    # We change nothing in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    mesh = init_device_mesh(device.type, (processes,))
+    policy = MixedPrecisionPolicy()
+    if dtype != torch.float32:
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for part in (*objective.to(device).model.bert.layers, objective):
+        fully_shard(part, mesh=mesh, mp_policy=policy)

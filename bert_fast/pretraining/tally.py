@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -34,9 +36,20 @@ class Tally:
         self.norm: Tensor | None = None
         self.started = time.perf_counter()
 
-    def pause(self, seconds: float) -> None:
-        """Leaves out time in which no step was made."""
-        self.started += seconds
+    def restore(self, sums: Sequence[float], seconds: float) -> None:
+        """Goes on from what `sums` and `seconds` were when a checkpoint was written."""
+        values = torch.tensor(sums, dtype=torch.float64)
+        self.losses, self.counts = values[:2].to(self.device), values[2:]
+        self.started = time.perf_counter() - seconds
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves out the time of its body, in which no step is made."""
+        since = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.started += time.perf_counter() - since
 
     @property
     def seconds(self) -> float:
