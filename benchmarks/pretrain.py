@@ -221,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     if options.side:
         result = SIDES[options.side](options)
-        result["evaluation"] = judge(options, result["checkpoint"])
+        result["evaluation"] = judge(options, result.pop("checkpoint"))
         (options.work / f"{options.side.split()[0]}.json").write_text(json.dumps(result))
         return
     console = Console()
