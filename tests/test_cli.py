@@ -17,7 +17,7 @@ pytest.importorskip("click")
 pytest.importorskip("rich")
 
 from bert_fast import cli
-from bert_fast.cli import app, main, models
+from bert_fast.cli import main, models, options
 from bert_fast.cli.demo import read_texts
 
 
@@ -57,7 +57,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def hide(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
     """As if `module` were not installed."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == module else find_spec(name))
-    for place in (cli, app):
+    for place in (cli, options):
         monkeypatch.setattr(place, "find_spec", importlib.util.find_spec)
 
 

@@ -28,6 +28,7 @@ from click.testing import CliRunner
 
 from bert_fast import BertForPreTraining
 from bert_fast.cli import app, fill_mask
+from bert_fast.cli import options as command_options
 from bert_fast.cli import prepare as preparing
 from bert_fast.cli import pretrain as work
 from bert_fast.pretraining import chunks, loop, vocabulary
@@ -670,7 +671,7 @@ def test_help_has_an_example(command: tuple[str, ...]) -> None:
 @pytest.fixture
 def without_extra(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     def hide(package: str) -> None:
-        monkeypatch.setattr(app, "find_spec", lambda name: None if name == package else find_spec(name))
+        monkeypatch.setattr(command_options, "find_spec", lambda name: None if name == package else find_spec(name))
 
     return hide
 

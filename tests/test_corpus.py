@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bert_fast import lines
 from bert_fast.pretraining import readers
 from bert_fast.pretraining.corpus import (
     CorpusError,
@@ -146,7 +147,8 @@ BAD: dict[str, tuple[str, bytes, list[list[str]], int | None, str]] = {
 def test_bad_input(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name, content, documents, line, reason = BAD[case]
     if case.startswith(("long", "no blanks")):
-        monkeypatch.setattr(readers, "MAX_LINE", 20)
+        for module in (lines, readers):
+            monkeypatch.setattr(module, "MAX_LINE", 20)
     file = write(tmp_path / name, content)
     found, problems = read(file)
     assert found == documents
@@ -159,11 +161,11 @@ def test_bad_input(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("suffix", [".gz", ".xz"])
 def test_cut_files(tmp_path: Path, suffix: str) -> None:
-    lines = [f"line {number} {number**5}" for number in range(50_000)]
-    whole = PACKINGS[suffix](txt([[line] for line in lines]))
+    whole_lines = [f"line {number} {number**5}" for number in range(50_000)]
+    whole = PACKINGS[suffix](txt([[line] for line in whole_lines]))
     documents, problems = read(write(tmp_path / f"a.txt{suffix}", whole[: len(whole) * 2 // 3]))
-    assert 0 < len(documents) < len(lines)
-    assert documents == [[line] for line in lines[: len(documents)]]
+    assert 0 < len(documents) < len(whole_lines)
+    assert documents == [[line] for line in whole_lines[: len(documents)]]
     (problem,) = problems
     assert problem.line is not None
     assert abs(problem.line - 2 * len(documents)) <= 1

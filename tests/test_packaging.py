@@ -36,7 +36,7 @@ OPTIONAL = (
 
 # Who may import whom when it is imported: only what stands further up in this list.
 LAYERS = (
-    {"_C", "collator", "config", "kernels"},
+    {"_C", "collator", "config", "kernels", "lines"},
     {"guard", "ops", "reference"},
     {"functional"},
     {"masking"},

@@ -65,7 +65,7 @@ def read_documents(file: Path, *, field: str = "text", on_problem: OnProblem) ->
         field: key or column of the text.
         on_problem: gets each line or row that is skipped because it is not UTF-8, holds NUL characters, is broken JSON,
             or lacks a text in `field`; a damaged or cut file, of which the rest is skipped; a line or a document that
-            is longer than readers.MAX_LINE, of which the first is skipped and the second cut; a file without any text.
+            is longer than lines.MAX_LINE, of which the first is skipped and the second cut; a file without any text.
 
     Raises:
         CorpusError: the file has an unknown suffix.

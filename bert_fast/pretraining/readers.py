@@ -2,70 +2,25 @@
 
 from __future__ import annotations
 
-import codecs
-import gzip
 import json
-import lzma
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
-from .problems import OnProblem, Problem
-
-MAX_LINE = 2**26
-"""Bytes of the longest line that is read, and about the characters of the longest document in a .txt file: what is held
-in memory at once. A file with longer ones most often lacks line ends, or blank lines between documents."""
+from ..lines import MAX_LINE, OnProblem, Problem, read_lines
 
 ROWS = 256  # of a Parquet file in memory at once
-
-DAMAGED = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
-
-
-def _open(file: Path) -> BinaryIO:
-    openers: dict[str, Callable[[Path, str], Any]] = {".gz": gzip.open, ".xz": lzma.open}
-    return cast(BinaryIO, openers.get(file.suffix.lower(), open)(file, "rb"))
-
-
-def _lines(file: Path, on_problem: OnProblem) -> Iterator[tuple[int, str]]:
-    """The lines that can be read, with their numbers from 1; none after a NUL character."""
-    number = 0
-    try:
-        with _open(file) as stream:
-            while raw := stream.readline(MAX_LINE):
-                number += 1
-                is_long = len(raw) == MAX_LINE and not raw.endswith(b"\n")
-                if b"\0" in (_last_block(stream, raw) if is_long else raw):
-                    reason = "NUL character, so this is no UTF-8 text; the rest of the file is skipped"
-                    on_problem(Problem(file, number, reason))
-                    return
-                if is_long:
-                    on_problem(Problem(file, number, f"line longer than {MAX_LINE} bytes; it is skipped"))
-                    continue
-                try:
-                    yield number, raw.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").decode("utf-8")
-                except UnicodeDecodeError as error:
-                    on_problem(Problem(file, number, f"not UTF-8 at byte {error.start} of the line; it is skipped"))
-    except DAMAGED as error:
-        on_problem(Problem(file, number + 1, f"damaged or cut ({error}); the rest of the file is skipped"))
-
-
-def _last_block(stream: BinaryIO, block: bytes) -> bytes:
-    """The block that ends the line which this one starts, or one before it with a NUL character."""
-    while block and b"\0" not in block and not block.endswith(b"\n"):
-        block = stream.readline(MAX_LINE)
-    return block
 
 
 def _read_txt(file: Path, _field: str, on_problem: OnProblem) -> Iterator[list[str]]:
     document: list[str] = []
     size = 0
-    for number, text in _lines(file, on_problem):
+    for number, text in read_lines(file, on_problem):
         line = text.strip()
         if line:
             document.append(line)
             size += len(line)
-        if size >= MAX_LINE:
+        if size >= MAX_LINE:  # what is held in memory at once
             reason = f"{MAX_LINE} characters without a blank line, which ends a document; the document is cut here"
             on_problem(Problem(file, number, reason))
         if document and (not line or size >= MAX_LINE):
@@ -76,7 +31,7 @@ def _read_txt(file: Path, _field: str, on_problem: OnProblem) -> Iterator[list[s
 
 
 def _read_jsonl(file: Path, field: str, on_problem: OnProblem) -> Iterator[list[str]]:
-    for number, line in _lines(file, on_problem):
+    for number, line in read_lines(file, on_problem):
         if not line.strip():
             continue
         try:

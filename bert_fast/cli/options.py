@@ -1,0 +1,50 @@
+"""What the commands' options share: kinds of paths, devices, and errors in one line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import click
+import torch
+
+FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+NEW_FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
+PATH = click.Path(exists=True, path_type=Path)
+
+
+def need(extra: str, *packages: str) -> None:
+    """One clear line and exit status 2 where a package of an extra is missing."""
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise click.UsageError(f"{' and '.join(missing)} missing; pip install 'bert-fast[{extra}]'")
+
+
+@contextmanager
+def one_line() -> Iterator[None]:
+    """What bad files, values and folders raise becomes one clear line, of one process a machine, and exit status 2."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            raise SystemExit(2) from None
+        raise click.UsageError(str(error)) from None
+
+
+def checked_device(_context: click.Context, _parameter: click.Parameter, name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise click.BadParameter(f"{name!r} is no device; cpu or cuda is meant") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise click.BadParameter("this machine has no CUDA device; cpu works everywhere")
+    return device
+
+
+device_option = click.option(
+    "--device", default="cpu", show_default=True, callback=checked_device, help="cpu, cuda or cuda:N."
+)
