@@ -126,8 +126,8 @@ def run_theirs(options: argparse.Namespace) -> dict[str, Any]:
 
     class Packs(IterableDataset[dict[str, Tensor]]):
         def __iter__(self) -> Iterator[dict[str, Tensor]]:
-            for number, packs in enumerate(subject.steps(START)):
-                yield padded(subject.masked(packs[0], number / options.steps))
+            for number, packs in enumerate(subject.supply.steps(0, 0)):
+                yield padded(subject.supply.masked(packs[0], number / options.steps))
 
     class Trainer(transformers.Trainer):
         def get_train_dataloader(self) -> DataLoader[dict[str, Tensor]]:

@@ -75,14 +75,14 @@ def _introduce(console: Console, training: Run, *, is_resumed: bool) -> None:
     config, accelerator = training.config, training.accelerator
     model: BertConfig = training.tally.config
     parameters = sum(parameter.numel() for parameter in training.objective.parameters())
-    schedule, batch = config.schedule, config.batch
-    packs = sorted({training.packs_of_step(phase) for phase in config.phases})
+    schedule, batch, supply = config.schedule, config.batch, training.supply
+    packs = sorted({supply.packs_of_step(phase) for phase in config.phases})
     lengths = ", then ".join(str(phase.length) for phase in config.phases)
     amount = f"{schedule.steps:,} steps" if schedule.steps is not None else f"{schedule.minutes:g} minutes"
     rows = {
         "model": f"{model.num_hidden_layers} layers, {model.hidden_size} wide, {parameters:,} parameters",
-        "corpus": f"{training.corpus.total_tokens:,} tokens, held out {training.held_out.total_tokens:,}; "
-        f"vocabulary {training.vocabulary.size:,}",
+        "corpus": f"{supply.corpus.total_tokens:,} tokens, held out {supply.held_out.total_tokens:,}; "
+        f"vocabulary {supply.vocabulary.size:,}",
         "step": f"{' or '.join(map(str, packs))} packs of {batch.tokens_per_pack:,} tokens; "
         f"sequences of up to {lengths} tokens",
         "run": f"{amount} on {accelerator.num_processes} x {accelerator.device.type}, {config.train.precision}",

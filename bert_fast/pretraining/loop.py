@@ -7,7 +7,6 @@ that a place in the data is a number; a checkpoint is there whole or not at all;
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,18 +22,17 @@ from torch.distributed.tensor import DTensor
 
 from ..heads import BertForPreTraining
 from . import checkpoints, optimizers, schedules
-from .batches import Masking, PretrainingBatch, mask
 from .checkpoints import CheckpointError
-from .config import ConfigError, Phase, RunConfig, differences, dump, from_dict
+from .config import ConfigError, RunConfig, differences, dump, from_dict
 from .evaluation import evaluate
-from .feed import Feed, Unmasked
+from .feed import Unmasked
 from .flops import peak_flops
 from .initial import start_from
 from .machine import make_accelerator, only_run
 from .monitor import Evaluation, Monitor, Step
 from .objective import Objective, checkpoint_activations, shard
-from .shards import Corpus
-from .stream import PackStream, draws
+from .stream import draws
+from .supply import Supply
 from .tally import Tally
 
 # Keys of the configuration, or what they begin with, that may change when a run is gone on with.
@@ -101,13 +99,9 @@ class Run:
         self.config = config
         self.accelerator = make_accelerator(config)
         self.console = console if self.accelerator.is_main_process else None
-        self.corpus = Corpus.open(config.data.corpus)
-        self.held_out = Corpus.open(config.data.corpus, "held_out")
-        self.vocabulary = self.corpus.vocabulary
+        self.supply = Supply(config, self.accelerator.num_processes, self.accelerator.process_index)
         minutes = config.schedule.minutes
         self.budget = schedules.Budget(steps=config.schedule.steps, seconds=None if minutes is None else 60 * minutes)
-        self._check_packs()
-        self._check_documents()
         # The checkpoint that there is to go on from.
         self.last = self._last_checkpoint()
         objective = Objective(self._model())
@@ -129,96 +123,16 @@ class Run:
             eps=settings.eps,
         )
         self.objective, self.optimizer = objective, self.accelerator.prepare(optimizer)
-        # What the streams know of their pools, by phase.
-        self.counts: dict[int, tuple[tuple[int, ...], ...]] = {}
-        # Held-out text, by length; a stream keeps its plan.
-        self.judges: dict[int, PackStream] = {}
         # The last step that was told, evaluated and saved.
         self.done: dict[str, int] = {}
 
     def _model(self) -> BertForPreTraining:
         torch.manual_seed(self.config.train.seed)  # every process starts from the same weights
-        pad_id = self.vocabulary.pad_id
-        model = BertForPreTraining(self.config.bert_config(self.vocabulary.size, pad_token_id=pad_id))
+        pad_id = self.supply.vocabulary.pad_id
+        model = BertForPreTraining(self.config.bert_config(self.supply.vocabulary.size, pad_token_id=pad_id))
         if self.config.model.init is not None and self.last is None:
-            start_from(self.config.model.init, model, self.vocabulary)
+            start_from(self.config.model.init, model, self.supply.vocabulary)
         return model
-
-    def _check_packs(self) -> None:
-        lanes, shards = self.config.data.lanes, sum(len(shard.tokens) > 0 for shard in self.corpus.shards)
-        if lanes > shards:
-            raise ConfigError(f"data.lanes is {lanes}; it must be at most the corpus' shards, {shards}")
-        for number, phase in enumerate(self.config.phases):
-            packs, processes = self.packs_of_step(phase), self.accelerator.num_processes
-            if packs % processes:
-                raise ConfigError(
-                    f"phases[{number}].tokens_per_step is {phase.tokens_per_step}, which makes {packs} packs of "
-                    f"batch.tokens_per_pack, {self.config.batch.tokens_per_pack}; {processes} processes cannot share "
-                    "them evenly"
-                )
-
-    def _check_documents(self) -> None:
-        corpus = f"data.corpus is {self.config.data.corpus}, which"
-        if self.corpus.total_tokens == 0:
-            raise ConfigError(f"{corpus} holds no text to train on; prepare it with a smaller held-out share")
-        for part in (self.corpus, self.held_out):
-            if self.config.data.instances == "nsp" and part.total_documents == 1:
-                raise ConfigError(
-                    f'{corpus} has one document in its part "{part.part}"; data.instances "nsp" needs two to draw from'
-                )
-
-    # ---- the data ----
-
-    def packs_of_step(self, phase: Phase) -> int:
-        return phase.tokens_per_step // self.config.batch.tokens_per_pack
-
-    def phase_at(self, share: float) -> int:
-        """The phase that a share of the run lies in."""
-        ends = itertools.accumulate(phase.share for phase in self.config.phases[:-1])
-        return sum(share >= end - 1e-9 for end in ends)
-
-    def stream(self, number: int) -> PackStream:
-        """The packs of a phase."""
-        config = self.config
-        return PackStream(
-            self.corpus.shards,
-            config.data.instances,
-            config.phases[number].length,
-            config.batch.tokens_per_pack,
-            seed=int(draws(config.train.seed, number, 5).integers(2**31)),
-            short_seq_prob=config.data.short_seq_prob,
-            duplicates=config.data.duplicates,
-            lanes=config.data.lanes,
-            counts=[list(counts) for counts in self.counts.get(number, ())],
-        )
-
-    def steps(self, progress: Progress) -> Iterator[list[Unmasked]]:
-        """This process's packs, step after step, from where the run is in its phase."""
-        processes = self.accelerator.num_processes
-        packs = self.packs_of_step(self.config.phases[progress.phase])
-        feed = Feed(
-            self.stream(progress.phase),
-            self.vocabulary,
-            start=progress.phase_steps[progress.phase] * packs + self.accelerator.process_index,
-            step=processes,
-            workers=self.config.data.workers,
-        ).packs()
-        while True:
-            yield list(itertools.islice(feed, packs // processes))
-
-    def masked(self, pack: Unmasked, share: float) -> PretrainingBatch:
-        """The pack with masks, as they are at this share of the run."""
-        rule, seed = self.config.masking, self.config.train.seed
-        first, last = rule.rate if isinstance(rule.rate, tuple) else (rule.rate, rule.rate)
-        return mask(
-            pack.batch,
-            pack.classes,
-            pack.id,
-            self.vocabulary,
-            rate=first + (last - first) * share,
-            seed=seed,
-            rule=Masking(rule.unit, rule.mask_probability, rule.random_probability, rule.max_span),
-        )
 
     # ---- the loop ----
 
@@ -238,9 +152,9 @@ class Run:
         with self._monitor(progress) as monitor:
             while not self._is_over(progress):
                 share = self.budget.progress(progress.step, progress.elapsed)
-                if steps is None or self.phase_at(share) != progress.phase:
-                    progress = progress._replace(phase=self.phase_at(share))
-                    steps = self.steps(progress)
+                if steps is None or self.supply.phase_at(share) != progress.phase:
+                    progress = progress._replace(phase=self.supply.phase_at(share))
+                    steps = self.supply.steps(progress.phase, progress.phase_steps[progress.phase])
                 self._step(next(steps), progress, share)
                 progress = self._now(progress.after_step())
                 progress = self._look(monitor, progress, share, is_last=self._is_over(progress))
@@ -282,7 +196,7 @@ class Run:
     def _step(self, packs: list[Unmasked], progress: Progress, share: float) -> None:
         """One optimizer step. Every predicted token, and every pair, weighs the same whoever has it."""
         accelerator, clip_norm = self.accelerator, self.config.optimizer.clip_norm
-        batches = [self.masked(pack, share) for pack in packs]
+        batches = [self.supply.masked(pack, share) for pack in packs]
         for batch in batches:
             self.tally.count(batch)
         counts = [sum(batch.predicted for batch in batches), sum(batch.pairs for batch in batches)]
@@ -304,7 +218,7 @@ class Run:
             self.tally.norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.counts[progress.phase] = packs[-1].counts
+        self.supply.counts[progress.phase] = packs[-1].counts
 
     @contextmanager
     def _no_sync(self) -> Iterator[None]:
@@ -372,30 +286,19 @@ class Run:
 
     def _evaluate(self, monitor: Monitor | None, progress: Progress) -> Evaluation | None:
         """What the model makes of the held-out text, if there is any, in sequences of the phase's length."""
-        if self.held_out.total_tokens == 0:
+        if self.supply.held_out.total_tokens == 0:
             return None
-        stream = self.judges.setdefault(self.config.phases[progress.phase].length, self._judge(progress.phase))
         evaluation = evaluate(
             self.accelerator,
             self.objective,
-            stream,
-            self.vocabulary,
+            self.supply.judge(progress.phase),
+            self.supply.vocabulary,
             packs=self.config.eval.packs,
             step=progress.step,
         )
         if monitor is not None:
             monitor.evaluation(evaluation)
         return evaluation
-
-    def _judge(self, phase: int) -> PackStream:
-        """Held-out text in sequences of a phase's length."""
-        return PackStream(
-            self.held_out.shards,
-            self.config.data.instances,
-            self.config.phases[phase].length,
-            self.config.batch.tokens_per_pack,
-            short_seq_prob=0.0,
-        )
 
     # ---- checkpoints ----
 
@@ -422,13 +325,13 @@ class Run:
                 progress.step,
                 self.objective,
                 self.optimizer.optimizer,
-                vocabulary=self.vocabulary,
+                vocabulary=self.supply.vocabulary,
                 state={
                     "progress": progress._asdict(),
                     "tally": tally,
                     "config": dump(self.config),
-                    "corpus": self.corpus.fingerprint,
-                    "counts": {str(phase): counts for phase, counts in self.counts.items()},
+                    "corpus": self.supply.corpus.fingerprint,
+                    "counts": {str(phase): counts for phase, counts in self.supply.counts.items()},
                     "scaler": None if scaler is None else scaler.state_dict(),
                 },
                 keep=self.config.checkpoint.keep,
@@ -451,13 +354,13 @@ class Run:
         changed = [key for key in differences(before, self.config) if not key.startswith(FREE)]
         if changed:
             raise ConfigError(f"{self.last} was written with another {', '.join(changed)}; another `out` begins anew")
-        if state["corpus"] != self.corpus.fingerprint:
+        if state["corpus"] != self.supply.corpus.fingerprint:
             raise ConfigError(
                 f"data.corpus is {self.config.data.corpus}, and {self.last} comes of another corpus; another `out` "
                 "begins anew"
             )
         checkpoints.load(self.last, self.objective, self.optimizer.optimizer)
-        self.counts = {int(phase): tuple(map(tuple, counts)) for phase, counts in state["counts"].items()}
+        self.supply.counts = {int(phase): tuple(map(tuple, counts)) for phase, counts in state["counts"].items()}
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if self.accelerator.is_main_process:  # the sums are of all
