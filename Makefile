@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --use-pep517 --constraint constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/cpu/*.*)
 RESULTS ?= benchmarks/results/cpu.json
 OUT ?= build/gpu
@@ -13,7 +13,7 @@ TARGETS ?= aarch64-linux-gnu aarch64-macos x86_64-linux-gnu
 FAMILIES ?=
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
-.PHONY: demo test acceptance kernels sanitize cross bench bench-cpu bench-families bench-pretrain gpu gpu-dry lint clean
+.PHONY: demo test acceptance kernels sanitize cross bench bench-cpu bench-families bench-pretrain bench-tasks gpu gpu-dry lint clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/bert-fast demo
@@ -77,6 +77,11 @@ bench-families: $(VENV)/test.stamp
 # folders of text", such as articles of an encyclopedia, a blank line between documents.
 bench-pretrain: $(VENV)/test.stamp
 	$(BIN)/python -m benchmarks.pretrain --text $(TEXT) $(ARGS)
+
+# Every task fine-tuned and used beside plain transformers, three seeds of reduced data, a quarter of an hour on two
+# cores; DATA=folder, see benchmarks/tasks.py. ARGS=--full for all of the data, hours for the plain side.
+bench-tasks: $(VENV)/test.stamp
+	$(BIN)/python -m benchmarks.tasks --data $(DATA) $(ARGS)
 
 # On a machine with a GPU, with the python3 that has torch and triton for it; nothing is fetched. The tests, then every
 # target of speed against its peers; ARGS="--only NAME" for some, ARGS="--tune KERNEL" for launch sizes.

@@ -27,6 +27,9 @@ setup(
         "bert_fast.ops",
         "bert_fast.pretraining",
         "bert_fast.swap",
+        "bert_fast.tasks",
+        "bert_fast.tasks.data",
+        "bert_fast.tasks.vectors",
     ],
     package_data={"bert_fast": ["py.typed", "data/*.txt"]},
     ext_modules=[

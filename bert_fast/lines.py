@@ -29,11 +29,13 @@ class Problem:
         file: where it is; "dataset" for a data set.
         line: its line, or its row in a Parquet file or a data set, from 1; None: the file as a whole.
         reason: what is wrong.
+        ends_file: whether nothing after it can be read, not the line alone.
     """
 
     file: Path
     line: int | None
     reason: str
+    ends_file: bool = False
 
     def __str__(self) -> str:
         return f"{self.file}: {self.reason}" if self.line is None else f"{self.file}:{self.line}: {self.reason}"
@@ -72,7 +74,7 @@ def read_lines(file: Path, on_problem: OnProblem) -> Iterator[tuple[int, str]]:
                 is_long = len(raw) == MAX_LINE and not raw.endswith(b"\n")
                 if b"\0" in (_last_block(stream, raw) if is_long else raw):
                     reason = "NUL character, so this is no UTF-8 text; the rest of the file is skipped"
-                    on_problem(Problem(file, number, reason))
+                    on_problem(Problem(file, number, reason, ends_file=True))
                     return
                 if is_long:
                     on_problem(Problem(file, number, f"line longer than {MAX_LINE} bytes; it is skipped"))
@@ -82,7 +84,8 @@ def read_lines(file: Path, on_problem: OnProblem) -> Iterator[tuple[int, str]]:
                 except UnicodeDecodeError as error:
                     on_problem(Problem(file, number, f"not UTF-8 at byte {error.start} of the line; it is skipped"))
     except DAMAGED as error:
-        on_problem(Problem(file, number + 1, f"damaged or cut ({error}); the rest of the file is skipped"))
+        reason = f"damaged or cut ({error}); the rest of the file is skipped"
+        on_problem(Problem(file, number + 1, reason, ends_file=True))
 
 
 def _last_block(stream: BinaryIO, block: bytes) -> bytes:

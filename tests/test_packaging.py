@@ -15,7 +15,7 @@ from types import ModuleType
 import pytest
 
 import bert_fast
-from bert_fast import checkpoint, encoder, functional, heads, masking, nn
+from bert_fast import checkpoint, encoder, functional, heads, masking, nn, tasks
 from bert_fast.swap import core
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,14 +24,21 @@ OPTIONAL = (
     "accelerate",
     "click",
     "datasets",
+    "faiss",
     "matplotlib",
     "pyarrow",
     "pydantic",
+    "pytrec_eval",
+    "ray",
     "rich",
+    "scipy",
     "sentence_transformers",
+    "seqeval",
+    "sklearn",
     "tensorboard",
     "transformers",
     "triton",
+    "usearch",
 )
 
 # Who may import whom when it is imported: only what stands further up in this list.
@@ -71,7 +78,7 @@ def run(code: str, cwd: Path) -> str:
 
 @pytest.mark.parametrize(
     "module",
-    [bert_fast, functional, masking, nn, heads, encoder, checkpoint, sys.modules["bert_fast.swap"]],
+    [bert_fast, functional, masking, nn, heads, encoder, checkpoint, sys.modules["bert_fast.swap"], tasks],
     ids=lambda module: module.__name__,
 )
 def test_all(module: ModuleType) -> None:
@@ -121,6 +128,7 @@ for name in names:
     sys.modules[name] = None  # importing it raises ImportError
 import torch
 import bert_fast
+import bert_fast.tasks.classify
 {USE}
 """
     run(code, cwd=tmp_path)
@@ -132,6 +140,7 @@ import sys
 import torch
 before = set(sys.modules)
 import bert_fast
+import bert_fast.tasks.classify
 {USE}
 print(sorted({{name.partition(".")[0] for name in set(sys.modules) - before}} & set({OPTIONAL!r})))
 """

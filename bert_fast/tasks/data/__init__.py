@@ -1,0 +1,1 @@
+"""Files of examples: tables, CoNLL columns, SQuAD and BEIR, each read with the numbers of its lines."""
