@@ -10,8 +10,10 @@ from rich.console import Console
 
 import bert_fast
 
+from .finetune_app import finetune
 from .options import FILE, FOLDER, NEW_FILE, device_option, need
 from .pretrain_app import fill_mask, pretrain
+from .use_app import embed, evaluate, predict, rerank, search
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=True)
@@ -99,5 +101,5 @@ def verify(
         raise SystemExit(1)
 
 
-for command in (pretrain, fill_mask):
+for command in (finetune, predict, evaluate, embed, search, rerank, pretrain, fill_mask):
     app.add_command(command)

@@ -1,0 +1,315 @@
+"""python -m benchmarks.tasks --data FOLDER: every task fine-tuned and used, beside plain transformers.
+
+Both sides run bert_fast.tasks with the same files, seeds and batches, each run in a process of its own, in turns; on
+the plain side BERT_FAST=off leaves transformers' and sentence-transformers' models as they are, with SDPA. FOLDER has
+sst2/train.tsv, banking77/train.csv, wnut17/{train,dev}.conll, stsb/{train,dev}.csv, squad/train.json and scifact/ with
+BEIR's files, any of them as .xz. Reduced data unless --full.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from bert_fast.cli.models import demo_folder
+from bert_fast.lines import open_bytes
+from bert_fast.tasks import Sources, Training, open_model, task_named
+from bert_fast.tasks.data.split import is_held_out
+from bert_fast.tasks.finetune import finetune
+
+from .facts import heading, write_json
+
+OUT = Path("benchmarks/results/cpu-tasks.json")
+FULL = Path("benchmarks/results/cpu-tasks-full.json")
+PACKAGES = ("bert-fast", "torch", "transformers", "sentence-transformers", "accelerate", "numpy")
+OURS, PLAIN = "bert-fast", "plain"
+
+HELD_OUT_ARTICLES = 5
+ROUNDS = 3  # of inference
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+def find(folder: Path, name: str) -> Path:
+    """The file, or its .xz."""
+    for file in (folder / name, folder / f"{name}.xz"):
+        if file.is_file():
+            return file
+    raise SystemExit(f"{folder / name} is missing")
+
+
+def some_lines(file: Path, out: Path, share: float, has_header: bool) -> Path:
+    """A share of a table's lines, by a hash of each."""
+    with open_bytes(file) as stream:
+        lines = [line.decode("utf-8") for line in stream]
+    head, rest = (lines[:1], lines[1:]) if has_header else ([], lines)
+    out.write_text("".join([*head, *(line for line in rest if is_held_out(line, share))]), encoding="utf-8")
+    return out
+
+
+def some_sentences(file: Path, out: Path, share: float) -> Path:
+    """A share of a CoNLL file's sentences."""
+    with open_bytes(file) as stream:
+        sentences = stream.read().decode("utf-8").replace("\r\n", "\n").strip("\n").split("\n\n")
+    out.write_text("\n\n".join(text for text in sentences if is_held_out(text, share)) + "\n", encoding="utf-8")
+    return out
+
+
+def articles(file: Path, work: Path, share: float) -> tuple[Path, Path]:
+    """SQuAD's last articles for evaluation, and the others; of each a share of the paragraphs."""
+    with open_bytes(file) as stream:
+        whole = json.load(stream)
+    for article in whole["data"]:
+        article["paragraphs"] = [row for row in article["paragraphs"] if is_held_out(row["context"], share)]
+    found = [article for article in whole["data"] if article["paragraphs"]]
+    parts = {"train": found[:-HELD_OUT_ARTICLES], "dev": found[-HELD_OUT_ARTICLES:]}
+    for name, part in parts.items():
+        (work / f"{name}.json").write_text(json.dumps({"version": whole["version"], "data": part}), encoding="utf-8")
+    return work / "train.json", work / "dev.json"
+
+
+def part_of_beir(folder: Path, work: Path, share: float) -> Path:
+    """A share of the queries, the documents that answer them, and the same share of the other documents."""
+    work.mkdir(exist_ok=True)
+    queries = some_lines(find(folder, "queries.jsonl"), work / "queries.jsonl", share, has_header=False)
+    kept = {json.loads(line)["_id"] for line in queries.read_text(encoding="utf-8").splitlines()}
+    with open_bytes(find(folder, "qrels-train.tsv")) as stream:
+        head, *rows = stream.read().decode("utf-8").splitlines()
+    rows = [row for row in rows if row.split("\t")[0] in kept]
+    (work / "qrels-train.tsv").write_text("\n".join([head, *rows]) + "\n", encoding="utf-8")
+    relevant = {row.split("\t")[1] for row in rows}
+    with open_bytes(find(folder, "corpus.jsonl")) as stream, (work / "corpus.jsonl").open("wb") as out:
+        for line in stream:
+            if json.loads(line)["_id"] in relevant or is_held_out(line.decode("utf-8"), share):
+                out.write(line)
+    return work
+
+
+# ---- cases -----------------------------------------------------------------------------------------------------------
+
+Files = Callable[[Path, Path, float], "tuple[Path, Path | None]"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """
+    Attributes:
+        task: its name.
+        files: (data, work, share) -> training examples and those for evaluation.
+        share: of the data in the reduced form.
+        measure: that is reported.
+        settings, training: of the task and of the loop.
+        held_out: share for evaluation where there is no file for it.
+        before: whether the model says anything before it is trained.
+    """
+
+    task: str
+    files: Files
+    share: float
+    measure: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    held_out: float = 0.1
+    before: bool = False
+
+
+def table(name: str, has_header: bool = True) -> Files:
+    def files(data: Path, work: Path, share: float) -> tuple[Path, Path | None]:
+        source = find(data, name)
+        return some_lines(source, work / Path(name).name, share, has_header) if share < 1 else source, None
+
+    return files
+
+
+def stsb(data: Path, work: Path, share: float) -> tuple[Path, Path]:
+    train = find(data, "stsb/train.csv")
+    return some_lines(train, work / "train.csv", share, has_header=False) if share < 1 else train, find(
+        data, "stsb/dev.csv"
+    )
+
+
+def wnut17(data: Path, work: Path, share: float) -> tuple[Path, Path]:
+    train = find(data, "wnut17/train.conll")
+    return some_sentences(train, work / "train.conll", share) if share < 1 else train, find(data, "wnut17/dev.conll")
+
+
+def squad(data: Path, work: Path, share: float) -> tuple[Path, Path]:
+    return articles(find(data, "squad/train.json"), work, share)
+
+
+def scifact(data: Path, work: Path, share: float) -> tuple[Path, None]:
+    return part_of_beir(data / "scifact", work / "beir", share) if share < 1 else data / "scifact", None
+
+
+CASES = {
+    "SST-2": Case("classify", table("sst2/train.tsv"), 0.04, "accuracy", training={"epochs": 2}),
+    "Banking77": Case(
+        "classify", table("banking77/train.csv"), 0.2, "accuracy", training={"epochs": 10, "learning_rate": 2e-4}
+    ),
+    "WNUT-17": Case("tag", wnut17, 0.2, "f1", training={"epochs": 5, "learning_rate": 2e-4}),
+    "STS-B": Case(
+        "match",
+        stsb,
+        0.1,
+        "spearman",
+        settings={"columns": {"sentence1": "1", "sentence2": "2", "score": "3"}},
+        training={"epochs": 4},
+        before=True,
+    ),
+    "SQuAD": Case("qa", squad, 0.03, "f1", training={"epochs": 3, "learning_rate": 1e-4}),
+    "SciFact": Case("retrieve", scifact, 0.1, "ndcg@10", training={"epochs": 2}, held_out=0.3, before=True),
+}
+
+
+# ---- one run, in a process of its own --------------------------------------------------------------------------------
+
+
+def run_once(options: argparse.Namespace) -> None:
+    """Fine-tunes and predicts; writes what was found to --json."""
+    torch.set_num_threads(options.threads)
+    case = CASES[options.case]
+    work = options.json.with_suffix("")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    train, dev = case.files(options.data, work, 1.0 if options.full else case.share)
+    task = task_named(case.task).of_settings(case.settings)
+    sources = Sources(model=str(options.model), train=train, dev=dev, held_out=case.held_out)
+    training = Training(**{**task.training, **case.training, "seed": options.seed})
+    device = torch.device("cpu")
+    outcome = finetune(task, sources, work / "out", training, before=case.before, device=device)
+    tuned = open_model(work / "out", device=device)
+    examples = tuned.task.read(dev or train)[: 10_000 if options.full else 300]
+    seconds = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        tuned.predict(examples)
+        seconds.append(time.perf_counter() - start)
+    result = {
+        "measures": outcome.measures,
+        "before": outcome.before,
+        "examples": outcome.examples,
+        "steps_seconds": outcome.steps_seconds,
+        "seconds": outcome.seconds,
+        "inference_seconds": statistics.median(seconds),
+        "inferred": len(examples),
+    }
+    shutil.rmtree(work)
+    write_json(options.json, result)
+
+
+# ---- the whole -------------------------------------------------------------------------------------------------------
+
+
+def in_a_process(options: argparse.Namespace, case: str, side: str, seed: int) -> dict[str, Any]:
+    """What one run says; what is in --work already is not done again."""
+    form = "full" if options.full else "reduced"
+    file = options.work / f"{case}-{side}-{seed}-{form}.json"
+    if not file.exists():
+        command = [sys.executable, "-m", "benchmarks.tasks", *sys.argv[1:]]
+        command += ["--case", case, "--seed", str(seed), "--json", str(file.resolve())]
+        switch = {"BERT_FAST": "off"} if side == PLAIN else {}
+        done = subprocess.run(command, env={**os.environ, **switch}, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"{case}, {side}: {done.stderr[-2000:]}")
+    result: dict[str, Any] = json.loads(file.read_text())
+    return result
+
+
+def runs(options: argparse.Namespace, case: str) -> Iterator[dict[str, Any]]:
+    """Both sides for each seed, in turns."""
+    for number, seed in enumerate(options.seeds):
+        sides = (OURS, PLAIN) if number % 2 == 0 else (PLAIN, OURS)
+        found = {side: in_a_process(options, case, side, seed) for side in sides}
+        yield {"case": case, "seed": seed, "sides": found}
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean, and standard deviation where there are several."""
+    mean = f"{statistics.fmean(values):.4f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.4f}"
+
+
+def show(console: Console, case: str, found: Sequence[dict[str, Any]]) -> list[str]:
+    """A row of the table: the measure of both sides and the ratios of times, medians over seeds."""
+    measure = CASES[case].measure
+
+    def values(side: str, name: str) -> list[float]:
+        return [run["sides"][side][name] for run in found]
+
+    def measures(side: str) -> str:
+        return spread([run["sides"][side]["measures"][measure] for run in found])
+
+    def ratio(name: str) -> str:
+        return f"{statistics.median(b / a for a, b in zip(values(OURS, name), values(PLAIN, name), strict=True)):.1f}x"
+
+    before = found[0]["sides"][OURS]["before"].get(measure)
+    minutes = "{:.1f} / {:.1f} min".format(*(statistics.median(values(side, "seconds")) / 60 for side in (OURS, PLAIN)))
+    row = [
+        f"{case}, {measure}",
+        "" if before is None else f"{before:.4f}",
+        measures(OURS),
+        measures(PLAIN),
+        minutes,
+        ratio("steps_seconds"),
+        ratio("inference_seconds"),
+    ]
+    console.print("  ".join(row), markup=False, highlight=False)
+    return row
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data")
+    parser.add_argument("--model", type=Path, default=demo_folder(), help="the start; default: all-MiniLM-L6-v2")
+    parser.add_argument("--work", type=Path, default=Path("build/tasks"))
+    parser.add_argument("--out", type=Path, help=f"default: {OUT}, or {FULL} with --full")
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--full", action="store_true", help="all of the data: hours for the plain side")
+    parser.add_argument("--threads", type=int, default=2)
+    for hidden in ("--case", "--seed", "--json"):
+        kind: Any = {"--seed": int, "--json": Path}.get(hidden, str)
+        parser.add_argument(hidden, type=kind, help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    if options.case:
+        run_once(options)
+        return
+    options.work.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    start = time.perf_counter()
+    shown = Table(
+        "", "before", OURS, PLAIN, "all of it", "training: ratio", "inference: ratio", box=box.SIMPLE, pad_edge=False
+    )
+    record = heading(PACKAGES, is_dry=False)
+    record["full"] = options.full
+    for case in options.only:
+        found = list(runs(options, case))
+        shown.add_row(*show(console, case, found))
+        record["runs"] += found
+        record["minutes"] = (time.perf_counter() - start) / 60
+        write_json(options.out or (FULL if options.full else OUT), record)
+    console.print(shown)
+
+
+if __name__ == "__main__":
+    main()
