@@ -18,8 +18,9 @@ SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 demo: $(VENV)/demo.stamp
 	$(BIN)/bert-fast demo
 
+# One thread in each of the two processes: more would wait for cores that the others have.
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -m "not gpu" --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # transformers' own tests of models, with its models as they are and swapped: what passes must go on passing.
 # FAMILIES="bert mpnet" for some of the eight.

@@ -162,7 +162,7 @@ CASES = {
     "Banking77": Case(
         "classify", table("banking77/train.csv"), 0.2, "accuracy", training={"epochs": 10, "learning_rate": 2e-4}
     ),
-    "WNUT-17": Case("tag", wnut17, 0.2, "f1", training={"epochs": 5, "learning_rate": 2e-4}),
+    "WNUT-17": Case("tag", wnut17, 0.2, "f1", settings={"repair": True}, training={"epochs": 5, "learning_rate": 2e-4}),
     "STS-B": Case(
         "match",
         stsb,

@@ -69,7 +69,15 @@ def _place(request: pytest.FixtureRequest) -> Place:
     return place
 
 
+# Files of few tests that take long, which come first so that no process has one left when the other is done.
+LONG = (
+    *("test_compile", "test_cpu_script", "test_gpu_script", "test_ops", "test_embed_ray", "test_cli"),
+    *("test_pretraining_distributed", "test_pretraining_loop", "test_torch_compile", "test_distributed"),
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     if HAS_CUDA:
         return
     for item in items:
