@@ -77,7 +77,7 @@ def test_the_card_names_the_command(run: Path) -> None:
 @pytest.mark.parametrize("name", TASKS)
 def test_every_setting_is_an_option(name: str) -> None:
     command = finetune_app.finetune.commands[name]
-    learnt = {"labels", "has_pairs", "fallback", "has_impossible", "words"}
+    learnt = {"labels", "has_pairs", "fallback", "has_impossible"}
     options = {parameter.name for parameter in command.params}
     wanted = {field.name for kind in (task_named(name), tasks.Sources, Training) for field in fields(kind)}
     assert wanted - options <= learnt

@@ -158,6 +158,9 @@ def test_indexes(file: Path, tmp_path: Path, engine: Any, options: dict[str, Any
     one = search(file, QUERIES[:1], 1000, engine=engine, metric=metric, index=kept, **options)
     assert one.rows.shape == (1, 211)
     assert one.rows[0, :9].tolist() == rows[0].tolist()
+    assert search(file, QUERIES[:0], 4, engine=engine, metric=metric, index=kept, **options).rows.shape == (0, 4)
+    with pytest.raises(DataError, match=r"empty\.npy: no vectors"):
+        search(npy(tmp_path / "empty.npy", VECTORS[:0]), QUERIES, engine=engine, **options)
 
 
 @pytest.mark.parametrize(
@@ -231,6 +234,11 @@ def write_parquet(**columns: Any) -> Callable[[Path], None]:
     return lambda file: parquet.write_table(arrow.table(columns), file)
 
 
+def write_npz(file: Path) -> None:
+    with file.open("wb") as stream:
+        np.savez(stream, VECTORS)
+
+
 ROWS = [[1.0, 2.0], [3.0, 4.0], [5.0]]
 
 
@@ -239,6 +247,8 @@ ROWS = [[1.0, 2.0], [3.0, 4.0], [5.0]]
     [
         ("a.npy", lambda file: np.save(file, VECTORS[0]), r"holds float32 of shape \(13,\); rows of float16"),
         ("a.npy", lambda file: np.save(file, VECTORS.astype(int)), "holds int64 of shape"),
+        ("a.npy", Path.touch, r"a\.npy: damaged, cut or no \.npy"),
+        ("a.npy", write_npz, r"a\.npy: damaged, cut or no \.npy"),
         ("a.npy", lambda file: file.write_bytes(b"NUMPY"), r"a\.npy: damaged, cut or no \.npy"),
         (
             "a.npy",

@@ -10,6 +10,7 @@ import click
 from rich.console import Console
 
 from bert_fast.tasks.classify import Classify, Kind
+from bert_fast.tasks.data.sentences import Words
 from bert_fast.tasks.match import Kind as MatchKind
 from bert_fast.tasks.match import Loss, Match
 from bert_fast.tasks.qa import Answer
@@ -172,6 +173,13 @@ def classify(**values: Any) -> None:
 @click.option("--repair", is_flag=True, help="Makes tags that cannot follow what is before them beginnings.")
 @click.option("--token-column", type=click.IntRange(1), default=1, show_default=True, help="Of the words.")
 @click.option("--label-column", type=int, default=-1, show_default=True, help="Of the labels; -1: the last.")
+@click.option(
+    "--words",
+    type=click.Choice(get_args(Words)),
+    default="blanks",
+    show_default=True,
+    help="How the texts of predict are cut: at blanks, or signs are words of their own, too.",
+)
 @columns_option
 @max_length_option
 @click.option("--stride", type=click.IntRange(0), help="Pieces that windows share.  [default: a quarter of a window]")

@@ -89,7 +89,7 @@ def open_vectors(file: Path) -> Vectors:
 
 def _open_npy(file: Path) -> Vectors:
     try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
+        array = np.lib.format.open_memmap(file, mode="r")
     except ValueError as error:
         raise bad_line(file, None, f"damaged, cut or no .npy ({error})") from None
     if array.ndim != 2 or array.dtype.name not in KINDS:
@@ -99,7 +99,7 @@ def _open_npy(file: Path) -> Vectors:
 
 class _Npy(Vectors):
     def _parts(self, size: int) -> Iterator[np.ndarray[Any, Any]]:
-        array = np.load(self.file, mmap_mode="r", allow_pickle=False)
+        array = np.lib.format.open_memmap(self.file, mode="r")
         for start in range(0, self.rows, size):
             yield np.array(array[start : start + size])
 
@@ -112,7 +112,7 @@ class _Npy(Vectors):
         with file.open(encoding="utf-8", newline="\n") as lines:
             for count, line in enumerate(lines, 1):
                 if count - 1 in wanted:
-                    found[count - 1] = Label(line.rstrip("\n"))
+                    found[count - 1] = Label(line.rstrip("\n") or None)
         if count != self.rows:
             raise bad_line(file, None, f"{count:,} ids; {self.file} has {self.rows:,} rows")
         return found

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from ..data.problems import bad_line
 from ..packages import package
 from ..settings import at_least, one_of
 from .files import Array, Vectors
@@ -89,6 +90,8 @@ class Index(ABC):
 
     def search(self, queries: Array, top: int) -> Hits:
         """See search."""
+        if not len(queries):
+            return Hits(np.empty((0, top), np.float32), np.empty((0, top), np.int64))
         scores, rows = self.nearest(ready(queries, self.metric).numpy(), top)
         order = np.lexsort((rows, -scores))
         return Hits(np.take_along_axis(scores, order, 1), np.take_along_axis(rows.astype(np.int64), order, 1))
@@ -160,9 +163,8 @@ class _Usearch(Index):
         is_missing = np.isnan(distances) if len(queries) > 1 else np.zeros(keys.shape, bool)
         width = (0, 0), (0, top - keys.shape[1])
         scores = np.pad(np.where(is_missing, -np.inf, 1 - distances), width, constant_values=-np.inf)
-        return scores.astype(np.float32), np.pad(
-            np.where(is_missing, -1, keys.astype(np.int64)), width, constant_values=-1
-        )
+        rows = np.pad(np.where(is_missing, -1, keys.astype(np.int64)), width, constant_values=-1)
+        return scores.astype(np.float32), rows
 
 
 LIBRARIES: dict[str, type[Index]] = {"faiss": _Faiss, "usearch": _Usearch}
@@ -178,9 +180,12 @@ def open_index(vectors: Vectors, engine: Engine, metric: Metric, options: IndexO
         file: where it is kept, with FILE.json beside it, which says what it is of.
 
     Raises:
+        DataError: there are no vectors.
         ValueError: the file's index is of other vectors or options, or `file` is no index of open_index.
         ImportError: the engine's package is not installed.
     """
+    if not vectors.rows:
+        raise bad_line(vectors.file, None, "no vectors")
     library = LIBRARIES[engine]
     state = {"engine": engine, "metric": metric, **asdict(options)}
     if file is not None and file.exists():

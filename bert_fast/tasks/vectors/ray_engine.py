@@ -13,7 +13,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -85,7 +85,7 @@ class Worker:
         if staged.exists():  # else another, which died before it could say so, has done it
             block = blocks.block_of(blocks.read_table(staged), number)
             self.work.save(block, self.embedder(block.texts))
-            staged.unlink()
+            staged.unlink(missing_ok=True)
         return {"texts": [texts]}
 
 
@@ -107,6 +107,8 @@ def run(model: str, options: Options, cluster: Cluster, missing: Iterator[Block]
     tasks = list(_staged(missing, work))
     if not tasks:
         return
+    model = str(Path(model).resolve()) if Path(model).is_dir() else model  # workers may stand elsewhere
+    work = replace(work, folder=work.folder.resolve())
     with _connected(cluster), _quiet(data):
         workers, gpus = _room(cluster)
         dataset = data.from_items(tasks, override_num_blocks=min(len(tasks), MOST_TASKS))
