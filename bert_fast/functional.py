@@ -209,7 +209,7 @@ def layer_norm(
 ) -> Tensor:
     """LayerNorm(dropout(x + input_bias) + residual) * weight + bias over the last dimension (Ba et al. 2016).
 
-    On a GPU it is one pass over memory; in C++ x + input_bias and its dropout are passes of their own.
+    One pass over memory; in C++ x + input_bias is a pass of its own.
 
     Args:
         x, residual: (..., width), one shape; the wider of two dtypes is that of the result.
@@ -238,14 +238,14 @@ def layer_norm(
     if x.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
         dtype = torch.float32
     path = ops.choose("layer_norm", x.device.type, dtype, width).path
-    if path != "triton" and (input_bias is not None or dropout_p > 0.0):
-        x = F.dropout(x if input_bias is None else x + input_bias.to(x.dtype), dropout_p)
-        input_bias, dropout_p = None, 0.0
-    x = x.to(dtype)
+    if path != "triton" and input_bias is not None:
+        x, input_bias = x + input_bias.to(x.dtype), None
     is_uniform = all(t is None or t.dtype == torch.float32 for t in (residual, weight, bias))
     if path == "torch" or (path == "cpp" and not is_uniform):
+        x = F.dropout(x, dropout_p).to(dtype)
         x = x if residual is None else x + residual
         return F.layer_norm(x, (width,), weight.to(x.dtype), bias.to(x.dtype), eps)
+    x = x.to(dtype)
     rows = x.reshape(-1, width)
     residual_rows = None if residual is None else residual.reshape(-1, width)
     extras = (input_bias, _seed(seed, dropout_p, x.device), stream, dropout_p)
@@ -257,7 +257,7 @@ def layer_norm(
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b. For float32 on a CPU a product of our own, from FEWEST_ROWS rows on; elsewhere torch's.
+    """x W^T + b. For float32 on a CPU with AVX-512 a product of our own, from FEWEST_ROWS rows on; elsewhere torch's.
 
     Args:
         x: (..., inputs).

@@ -186,9 +186,9 @@ def is_plain_norm(norm: nn.Module) -> TypeGuard[nn.LayerNorm]:
     return len(norm.normalized_shape) == 1 and norm.weight is not None
 
 
-def has_kernel(op: ops.Op, x: Tensor) -> bool:
-    """Whether the operator runs in Triton on tensors like x."""
-    return ops.choose(op, x.device.type, x.dtype, x.shape[-1]).path == "triton"
+def path_of(op: ops.Op, x: Tensor) -> ops.Path:
+    """Where the operator runs on tensors like x."""
+    return ops.choose(op, x.device.type, x.dtype, x.shape[-1]).path
 
 
 def normalise(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -235,15 +235,15 @@ def project(
     seed: Tensor | None,
     stream: int,
 ) -> Tensor:
-    """norm(dropout(linear(x)) + residual). In Triton all but the matrix product is one kernel."""
-    rate = dropout_rate(dropout)
-    if rate is None or not is_plain_norm(norm) or not has_kernel("layer_norm", residual):
+    """norm(dropout(linear(x)) + residual). All but the product is one kernel, which in Triton adds the bias, too."""
+    rate, path = dropout_rate(dropout), path_of("layer_norm", residual)
+    if rate is None or not is_plain_norm(norm) or path == "torch":
         return normalise(norm, drop(dropout, multiply(linear, x)), residual)
     input_bias = None
-    if is_linear(linear):
+    if path == "triton" and is_linear(linear):
         x, input_bias = F.linear(x, linear.weight), linear.bias
     else:
-        x = linear(x)
+        x = multiply(linear, x)
     return functional.layer_norm(
         x, norm.weight, norm.bias, norm.eps, residual, input_bias=input_bias, dropout_p=rate, seed=seed, stream=stream
     )
@@ -310,7 +310,7 @@ def _layer_seed(parts: EncoderLayerParts, x: Tensor) -> Tensor | None:
         dropout_rate(parts.attention_output_dropout) or 0.0,
         dropout_rate(parts.output_dropout) or 0.0,
     )
-    return functional.draw_seed(x.device) if max(rates) > 0.0 and has_kernel("layer_norm", x) else None
+    return functional.draw_seed(x.device) if max(rates) > 0.0 and path_of("layer_norm", x) != "torch" else None
 
 
 def encoder_layer(
@@ -467,7 +467,7 @@ def embed(parts: EmbeddingParts, batch: PackedBatch, inputs_embeds: Tensor | Non
         token_type = None if parts.token_type is None else cast("nn.Embedding", parts.token_type).weight
         norm = cast("nn.LayerNorm", parts.norm)
         assert batch.ids is not None
-        if word.weight.device.type == "cpu" or has_kernel("embedding", word.weight):
+        if word.weight.device.type == "cpu" or path_of("embedding", word.weight) == "triton":
             return functional.embedding(
                 word.weight, position.weight, token_type, batch.ids, batch.positions, batch.token_types,
                 norm.weight, norm.bias, norm.eps, padding_idx=word.padding_idx,

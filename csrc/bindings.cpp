@@ -361,27 +361,27 @@ void attention_backward(const py::array& grad_out, const py::array& q, const py:
 }
 
 void layer_norm(const py::array& x, const std::optional<py::array>& residual, const py::array& weight,
-                    const py::array& bias, float eps, py::array& y, std::optional<py::array>& mean,
-                    std::optional<py::array>& rstd, int threads) {
+                const py::array& bias, float eps, int64_t seed, int64_t stream, double dropout_p, py::array& y,
+                std::optional<py::array>& mean, std::optional<py::array>& rstd, int threads) {
     check_rank(x, "x", 2);
     const int64_t rows = x.shape(0);
     const int64_t width = x.shape(1);
     const float* x_data = input<float>(x, "x", {rows, width});
     const float* residual_data = optional_input<float>(residual, "residual", {rows, width});
-    const float* weight_data = input<float>(weight, "weight", {width});
-    const float* bias_data = input<float>(bias, "bias", {width});
+    const cpu::Norm norm{input<float>(weight, "weight", {width}), input<float>(bias, "bias", {width}), eps};
+    const cpu::Dropout dropout = make_dropout(seed, stream, dropout_p);
     float* y_data = output<float>(y, "y", {rows, width});
     float* mean_data = mean ? output<float>(*mean, "mean", {rows}) : nullptr;
     float* rstd_data = rstd ? output<float>(*rstd, "rstd", {rows}) : nullptr;
     checked_threads(threads);
     py::gil_scoped_release release;
-    cpu::kernels().layer_norm(rows, width, x_data, residual_data, weight_data, bias_data, eps, y_data, mean_data,
-                                  rstd_data, threads);
+    cpu::kernels().layer_norm(rows, width, x_data, residual_data, dropout, norm, y_data, mean_data, rstd_data, threads);
 }
 
 void layer_norm_backward(const py::array& grad_y, const py::array& x, const std::optional<py::array>& residual,
-                             const py::array& weight, const py::array& mean, const py::array& rstd, py::array& grad_x,
-                             py::array& grad_weight, py::array& grad_bias, int threads) {
+                         const py::array& weight, const py::array& mean, const py::array& rstd, int64_t seed,
+                         int64_t stream, double dropout_p, py::array& grad_x, std::optional<py::array>& grad_residual,
+                         py::array& grad_weight, py::array& grad_bias, int threads) {
     check_rank(x, "x", 2);
     const int64_t rows = x.shape(0);
     const int64_t width = x.shape(1);
@@ -391,13 +391,16 @@ void layer_norm_backward(const py::array& grad_y, const py::array& x, const std:
     const float* weight_data = input<float>(weight, "weight", {width});
     const float* mean_data = input<float>(mean, "mean", {rows});
     const float* rstd_data = input<float>(rstd, "rstd", {rows});
-    float* grad_x_data = output<float>(grad_x, "grad_x", {rows, width});
-    float* grad_weight_data = output<float>(grad_weight, "grad_weight", {width});
-    float* grad_bias_data = output<float>(grad_bias, "grad_bias", {width});
+    const cpu::Dropout dropout = make_dropout(seed, stream, dropout_p);
+    if ((dropout_p > 0.0) != grad_residual.has_value()) fail("grad_residual is given with dropout, and only then");
+    const cpu::LayerNormGradients grads{output<float>(grad_x, "grad_x", {rows, width}),
+                                        grad_residual ? output<float>(*grad_residual, "grad_residual", {rows, width}) : nullptr,
+                                        output<float>(grad_weight, "grad_weight", {width}),
+                                        output<float>(grad_bias, "grad_bias", {width})};
     checked_threads(threads);
     py::gil_scoped_release release;
-    cpu::kernels().layer_norm_backward(rows, width, grad_data, x_data, residual_data, weight_data, mean_data,
-                                           rstd_data, grad_x_data, grad_weight_data, grad_bias_data, threads);
+    cpu::kernels().layer_norm_backward(rows, width, grad_data, x_data, residual_data, dropout, weight_data, mean_data,
+                                       rstd_data, grads, threads);
 }
 
 // The indices (tokens), each of which has an entry in the table.
@@ -651,9 +654,11 @@ PYBIND11_MODULE(_C, module) {
                py::arg("dropout_p"), py::arg("bias"), py::arg("window"), py::arg("grad_q"), py::arg("grad_k"),
                py::arg("grad_v"), py::arg("grad_bias"), py::arg("threads"));
     module.def("layer_norm", &layer_norm, py::arg("x"), py::arg("residual"), py::arg("weight"), py::arg("bias"),
-               py::arg("eps"), py::arg("y"), py::arg("mean"), py::arg("rstd"), py::arg("threads"));
+               py::arg("eps"), py::arg("seed"), py::arg("stream"), py::arg("dropout_p"), py::arg("y"), py::arg("mean"),
+               py::arg("rstd"), py::arg("threads"));
     module.def("layer_norm_backward", &layer_norm_backward, py::arg("grad_y"), py::arg("x"),
-               py::arg("residual"), py::arg("weight"), py::arg("mean"), py::arg("rstd"), py::arg("grad_x"),
+               py::arg("residual"), py::arg("weight"), py::arg("mean"), py::arg("rstd"), py::arg("seed"),
+               py::arg("stream"), py::arg("dropout_p"), py::arg("grad_x"), py::arg("grad_residual"),
                py::arg("grad_weight"), py::arg("grad_bias"), py::arg("threads"));
     module.def("embedding", &embedding, py::arg("word"), py::arg("position"), py::arg("token_type"), py::arg("ids"),
                py::arg("positions"), py::arg("token_types"), py::arg("weight"), py::arg("bias"), py::arg("eps"),

@@ -57,6 +57,12 @@ def triton_place(request: pytest.FixtureRequest) -> Place:
     return _place(request)
 
 
+@pytest.fixture(params=_params([*CPP, *INTERPRETER, *GPU]))
+def kernel_place(request: pytest.FixtureRequest) -> Place:
+    """Every place where layer_norm has a kernel."""
+    return _place(request)
+
+
 @pytest.fixture(params=_params([*CPP, *GPU]))
 def fast_place(request: pytest.FixtureRequest) -> Place:
     """Places where large shapes take no time."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,13 @@ from bert_fast import _C, functional, ops
 
 # (rows, inputs, outputs): one row block and several, depths of one part and several, every width of a last panel.
 SHAPES = [(64, 1, 1), (65, 7, 16), (97, 33, 17), (70, 132, 396), (200, 513, 49), (129, 1100, 97), (1500, 40, 24)]
+
+
+@pytest.fixture(autouse=True)
+def _cpp() -> Iterator[None]:
+    """Our product, whatever this machine would choose."""
+    with ops.forced_path("cpp"):
+        yield
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -122,6 +129,14 @@ def test_who_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.autocast("cpu"):
         assert not took_ours(monkeypatch, many, weight)
         assert functional.linear(many, weight).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("name", "path"), [("avx512", "cpp"), ("avx2", "torch"), ("portable", "torch")])
+def test_it_is_ours_with_avx512(monkeypatch: pytest.MonkeyPatch, name: str, path: str) -> None:
+    monkeypatch.setattr(_C, "instruction_set", lambda: name)
+    choice = ops._path._choose.__wrapped__("linear", "cpu", torch.float32, 8, None)
+    assert choice.path == path
+    assert ("library" in choice.reason) == (path == "torch")
 
 
 def test_second_derivative_is_refused() -> None:

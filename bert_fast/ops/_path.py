@@ -15,6 +15,9 @@ from torch import Tensor
 from torch._C import _to_dlpack as to_dlpack
 from torch.utils.dlpack import from_dlpack
 
+# torch comes first; see ops/attention.py.
+from .. import _C
+
 Path = Literal["triton", "cpp", "torch"]
 Op = Literal["attention", "layer_norm", "gelu", "embedding", "cross_entropy", "linear"]
 
@@ -61,6 +64,8 @@ def _why_not_cpp(op: Op, dtype: torch.dtype) -> str | None:
         return f"{op} has no C++ kernel"
     if dtype != torch.float32:
         return f"{str(dtype).removeprefix('torch.')} on the CPU: the C++ kernels take float32"
+    if op == "linear" and _C.instruction_set() != "avx512":
+        return "the library's matrix product, which packs nothing; ours is faster with AVX-512"
     return None
 
 
@@ -130,6 +135,11 @@ def optional_array(x: Tensor | None) -> np.ndarray[Any, Any] | None:
 
 def optional_contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
+
+
+def drawn(seed: Tensor | None, stream: int, dropout_p: float) -> tuple[int, int, float]:
+    """seed, stream and dropout_p of a C++ kernel; without a seed nothing is dropped."""
+    return (0, 0, 0.0) if seed is None else (int(seed), stream, dropout_p)
 
 
 def threads() -> int:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 # torch comes first: the extension then binds to the OpenMP library that torch brought, and shares its threads.
 from .. import _C
-from ._path import array, define, device_of, differentiate, kernel_path, or_empty, threads
+from ._path import array, define, device_of, differentiate, drawn, kernel_path, or_empty, threads
 
 TILE_SIZE = 128
 """Query rows of one entry in the tile list of bert_fast.masking; kernels._launch has the same number."""
@@ -64,7 +64,7 @@ def launch_attention(
     out = torch.empty(q.shape)
     lse = torch.empty(q.shape[1], q.shape[0])
     _C.attention(
-        array(q), array(k), array(v), array(tiles), TILE_SIZE, scale, *_dropout(seed, stream, dropout_p),
+        array(q), array(k), array(v), array(tiles), TILE_SIZE, scale, *drawn(seed, stream, dropout_p),
         _bias_array(bias), _window(window), array(out), array(lse), threads(),
     )  # fmt: skip
     return out, lse
@@ -101,14 +101,10 @@ def launch_attention_backward(
     grad_bias = torch.empty(bias.shape) if wants_grad_bias and bias is not None else None
     _C.attention_backward(
         array(grad_out), array(q), array(k), array(v), array(out), array(tiles), TILE_SIZE, scale,
-        *_dropout(seed, stream, dropout_p), _bias_array(bias), _window(window), array(grad_q), array(grad_k),
+        *drawn(seed, stream, dropout_p), _bias_array(bias), _window(window), array(grad_q), array(grad_k),
         array(grad_v), None if grad_bias is None else array(grad_bias), threads(),
     )  # fmt: skip
     return grad_q, grad_k, grad_v, grad_bias
-
-
-def _dropout(seed: Tensor | None, stream: int, dropout_p: float) -> tuple[int, int, float]:
-    return (0, 0, 0.0) if seed is None else (int(seed), stream, dropout_p)
 
 
 def _bias_array(bias: Tensor | None) -> Any:

@@ -13,6 +13,7 @@ from ._path import (
     define,
     device_of,
     differentiate,
+    drawn,
     kernel_path,
     optional_array,
     optional_contiguous,
@@ -40,7 +41,7 @@ def launch_layer_norm(
         weight, bias: (width,).
         eps: added to the variance.
         input_bias: (width,). Triton only.
-        seed, stream, dropout_p: see functional.draw_seed. Triton only.
+        seed, stream, dropout_p: see functional.draw_seed.
         has_statistics: whether the mean and 1 / std are wanted.
 
     Returns:
@@ -53,13 +54,13 @@ def launch_layer_norm(
         with device_of(x):
             addend = layer_norm.Addend(optional_contiguous(input_bias), seed, stream, dropout_p, residual)
             return layer_norm.layer_norm(x, addend, weight, bias, eps, has_statistics)
-    _refuse_extras(input_bias, dropout_p)
+    _refuse_bias(input_bias)
     y = torch.empty_like(x)
     mean = torch.empty(x.shape[0]) if has_statistics else None
     rstd = torch.empty(x.shape[0]) if has_statistics else None
     _C.layer_norm(
-        array(x), optional_array(residual), array(weight), array(bias), eps, array(y), optional_array(mean),
-        optional_array(rstd), threads(),
+        array(x), optional_array(residual), array(weight), array(bias), eps, *drawn(seed, stream, dropout_p), array(y),
+        optional_array(mean), optional_array(rstd), threads(),
     )  # fmt: skip
     return y, mean, rstd
 
@@ -105,18 +106,20 @@ def launch_layer_norm_backward(
         with device_of(x):
             addend = layer_norm.Addend(optional_contiguous(input_bias), seed, stream, dropout_p, residual)
             return LayerNormGradients(*layer_norm.layer_norm_backward(grad_y, x, addend, weight, mean, rstd))
-    _refuse_extras(input_bias, dropout_p)
+    _refuse_bias(input_bias)
     grad_x, grad_weight, grad_bias = torch.empty_like(x), torch.empty(x.shape[1]), torch.empty(x.shape[1])
+    grad_residual = torch.empty_like(x) if dropout_p > 0 else None
     _C.layer_norm_backward(
         array(grad_y), array(x), optional_array(residual), array(weight), array(mean), array(rstd),
-        array(grad_x), array(grad_weight), array(grad_bias), threads(),
+        *drawn(seed, stream, dropout_p), array(grad_x), optional_array(grad_residual), array(grad_weight),
+        array(grad_bias), threads(),
     )  # fmt: skip
-    return LayerNormGradients(grad_x, None, grad_weight, grad_bias, None)
+    return LayerNormGradients(grad_x, None if residual is None else grad_residual, grad_weight, grad_bias, None)
 
 
-def _refuse_extras(input_bias: Tensor | None, dropout_p: float) -> None:
-    if dropout_p > 0 or input_bias is not None:
-        raise NotImplementedError("bert_fast::layer_norm has neither dropout nor input_bias in C++")
+def _refuse_bias(input_bias: Tensor | None) -> None:
+    if input_bias is not None:
+        raise NotImplementedError("bert_fast::layer_norm has no input_bias in C++")
 
 
 def _layer_norm_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

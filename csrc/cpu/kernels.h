@@ -22,7 +22,7 @@ struct ConstRows {
     const float* row(int64_t index) const { return data + index * stride; }
 };
 
-// Dropout of attention's probabilities, drawn as kernels/_random.py says.
+// Dropout of attention's probabilities, or of a row's features, drawn as kernels/_random.py says.
 struct Dropout {
     static constexpr int kRounds = 7;
 
@@ -94,6 +94,13 @@ struct Norm {
     const float* weight;
     const float* bias;
     float eps;
+};
+
+struct LayerNormGradients {
+    float* x;       // (rows, width)
+    float* sum;     // (rows, width), of what was normalised, and so of the residual; null without dropout, where it is x's
+    float* weight;  // (width)
+    float* bias;    // (width)
 };
 
 // (entries, width) each; token_type may be null.
@@ -172,14 +179,14 @@ struct Kernels {
     void (*attention_backward)(const AttentionShape&, ConstRows q, ConstRows k, ConstRows v, ConstRows out,
                                ConstRows grad_out, const AttentionGradients& grads, int threads);
 
-    // y = LayerNorm(x + residual) * weight + bias (Ba et al. 2016); residual may be null. mean and rstd (rows) may be null.
-    void (*layer_norm)(int64_t rows, int64_t width, const float* x, const float* residual, const float* weight,
-                           const float* bias, float eps, float* y, float* mean, float* rstd, int threads);
+    // y = LayerNorm(dropout(x) + residual) * weight + bias (Ba et al. 2016); residual may be null. mean and rstd (rows) may
+    // be null.
+    void (*layer_norm)(int64_t rows, int64_t width, const float* x, const float* residual, const Dropout&, const Norm&,
+                       float* y, float* mean, float* rstd, int threads);
 
-    // grad_x is the gradient of x and of residual alike.
-    void (*layer_norm_backward)(int64_t rows, int64_t width, const float* grad_y, const float* x,
-                                    const float* residual, const float* weight, const float* mean, const float* rstd,
-                                    float* grad_x, float* grad_weight, float* grad_bias, int threads);
+    void (*layer_norm_backward)(int64_t rows, int64_t width, const float* grad_y, const float* x, const float* residual,
+                                const Dropout&, const float* weight, const float* mean, const float* rstd,
+                                const LayerNormGradients&, int threads);
 
     // y (tokens, width) = LayerNorm(word[ids] + position[positions] + token_type[token_types]) (Devlin et al. 2018, figure
     // 2), or of the first two; token_types null: all 0. Indices are checked by the caller.

@@ -1,4 +1,4 @@
-// residual + LayerNorm. The variance is taken around the mean in a second pass: a one-pass variance loses its digits on
+// dropout + residual + LayerNorm. The variance is taken around the mean in a second pass: a one-pass variance loses its digits on
 // data that is far from zero.
 
 namespace bert_fast::cpu::BERT_FAST_ISA {
@@ -76,17 +76,28 @@ void embedding(const EmbeddingTables& tables, int64_t width, int64_t tokens, con
     }
 }
 
-void layer_norm(int64_t rows, int64_t width, const float* x, const float* residual, const float* weight,
-                    const float* bias, float eps, float* y, float* mean, float* rstd, int threads) {
+void layer_norm(int64_t rows, int64_t width, const float* x, const float* residual, const Dropout& dropout,
+                const Norm& norm, float* y, float* mean, float* rstd, int threads) {
     threads = useful_threads(threads, rows * width);
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t row = 0; row < rows; ++row) {
-        float row_mean;
-        float row_rstd;
-        layer_norm_row(width, x + row * width, residual == nullptr ? nullptr : residual + row * width, weight, bias, eps,
-                       y + row * width, row_mean, row_rstd);
-        if (mean != nullptr) mean[row] = row_mean;
-        if (rstd != nullptr) rstd[row] = row_rstd;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        std::vector<float> dropped(dropout.is_on() ? round_up(width, kDrawnFeatures) : 0);
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < rows; ++row) {
+            const float* values = x + row * width;
+            if (dropout.is_on()) {
+                feature_factors(dropout, row, width, dropped.data());
+#pragma omp simd
+                for (int64_t i = 0; i < width; ++i) dropped[i] *= values[i];
+                values = dropped.data();
+            }
+            float row_mean;
+            float row_rstd;
+            layer_norm_row(width, values, residual == nullptr ? nullptr : residual + row * width, norm.weight, norm.bias,
+                           norm.eps, y + row * width, row_mean, row_rstd);
+            if (mean != nullptr) mean[row] = row_mean;
+            if (rstd != nullptr) rstd[row] = row_rstd;
+        }
     }
 }
 
@@ -99,21 +110,33 @@ struct LayerNormRows {
     const float* weight;
     const float* mean;
     const float* rstd;
-    float* grad_x;
+    float* grad_sum;  // of what is normalised
 
     LayerNormRows from_row(int64_t row) const {
         const int64_t offset = row * width;
         return {width,       grad_y + offset, x + offset, residual == nullptr ? nullptr : residual + offset, weight,
-                mean + row, rstd + row,      grad_x + offset};
+                mean + row, rstd + row,      grad_sum + offset};
     }
 };
 
 constexpr int kGradRows = 4;  // that share a load and a store of the columns' sums
 
+// What a thread needs for them.
+struct LayerNormScratch {
+    std::vector<float> normalised;  // kGradRows rows
+    std::vector<float> factors;     // of dropout: kGradRows rows, `stride` apart, or none
+    int64_t stride;
+
+    LayerNormScratch(int64_t width, bool has_dropout)
+        : normalised(kGradRows * width), stride(round_up(width, kDrawnFeatures)) {
+        if (has_dropout) factors.resize(kGradRows * stride);
+    }
+};
+
 // dx = rstd * (g - mean(g) - x_hat * mean(g * x_hat)) with g = weight * dy; also adds dy * x_hat and dy to the sums.
-// normalised holds kRows rows.
-template <int kRows>
-void layer_norm_grad_rows(const LayerNormRows& rows, float* normalised, float* weight_sum, float* bias_sum) {
+template <int kRows, bool kHasDropout>
+void layer_norm_grad_rows(const LayerNormRows& rows, LayerNormScratch& scratch, float* weight_sum, float* bias_sum) {
+    float* normalised = scratch.normalised.data();
     const int64_t width = rows.width;
     Vec sum_g[kRows] = {};
     Vec sum_g_normalised[kRows] = {};
@@ -128,6 +151,11 @@ void layer_norm_grad_rows(const LayerNormRows& rows, float* normalised, float* w
             Vec grad;
             get(rows.x + at, value);
             get(rows.grad_y + at, grad);
+            if (kHasDropout) {
+                Vec factor;
+                load(scratch.factors.data() + row * scratch.stride + i, factor);
+                value *= factor;
+            }
             if (rows.residual != nullptr) {
                 Vec residual;
                 get(rows.residual + at, residual);
@@ -160,22 +188,45 @@ void layer_norm_grad_rows(const LayerNormRows& rows, float* normalised, float* w
             get(rows.weight + i, weight);
             get(rows.grad_y + at, grad);
             get(normalised + at, value);
-            put(rstd * (grad * weight - mean_g - value * mean_g_normalised), rows.grad_x + at);
+            put(rstd * (grad * weight - mean_g - value * mean_g_normalised), rows.grad_sum + at);
         });
     }
 }
 
+// Rows `row` to `row + kRows`, and what dropout leaves of their gradient; grad_x null: there is no dropout.
+template <int kRows>
+void layer_norm_grad_rows(const LayerNormRows& all, int64_t row, const Dropout& dropout, LayerNormScratch& scratch,
+                          float* grad_x, float* weight_sum, float* bias_sum) {
+    const LayerNormRows rows = all.from_row(row);
+    if (grad_x == nullptr) {
+        layer_norm_grad_rows<kRows, false>(rows, scratch, weight_sum, bias_sum);
+        return;
+    }
+    const auto factors = [&](int i) { return scratch.factors.data() + i * scratch.stride; };
+    for (int i = 0; i < kRows; ++i) feature_factors(dropout, row + i, all.width, factors(i));
+    layer_norm_grad_rows<kRows, true>(rows, scratch, weight_sum, bias_sum);
+    for (int i = 0; i < kRows; ++i) {
+        const float* factor = factors(i);
+        const float* grad_sum = rows.grad_sum + i * all.width;
+        float* grad = grad_x + (row + i) * all.width;
+#pragma omp simd
+        for (int64_t j = 0; j < all.width; ++j) grad[j] = grad_sum[j] * factor[j];
+    }
+}
+
 void layer_norm_backward(int64_t rows, int64_t width, const float* grad_y, const float* x, const float* residual,
-                             const float* weight, const float* mean, const float* rstd, float* grad_x,
-                             float* grad_weight, float* grad_bias, int threads) {
+                         const Dropout& dropout, const float* weight, const float* mean, const float* rstd,
+                         const LayerNormGradients& grads, int threads) {
     threads = useful_threads(threads, rows * width);
-    const LayerNormRows all{width, grad_y, x, residual, weight, mean, rstd, grad_x};
+    const bool has_dropout = grads.sum != nullptr;
+    const LayerNormRows all{width, grad_y, x, residual, weight, mean, rstd, has_dropout ? grads.sum : grads.x};
+    float* grad_dropped = has_dropout ? grads.x : nullptr;
     const Chunks chunks(rows);
     ColumnSums weight_sums(chunks.count, width);
     ColumnSums bias_sums(chunks.count, width);
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
     for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
-        std::vector<float> normalised(kGradRows * width);
+        LayerNormScratch scratch(width, has_dropout);
         std::vector<float> weight_block(width);
         std::vector<float> bias_block(width);
         const int64_t stop = chunks.begin(chunk + 1);
@@ -185,15 +236,15 @@ void layer_norm_backward(int64_t rows, int64_t width, const float* grad_y, const
             std::fill(bias_block.begin(), bias_block.end(), 0.0f);
             int64_t row = first;
             for (; row + kGradRows <= last; row += kGradRows)
-                layer_norm_grad_rows<kGradRows>(all.from_row(row), normalised.data(), weight_block.data(), bias_block.data());
+                layer_norm_grad_rows<kGradRows>(all, row, dropout, scratch, grad_dropped, weight_block.data(), bias_block.data());
             for (; row < last; ++row)
-                layer_norm_grad_rows<1>(all.from_row(row), normalised.data(), weight_block.data(), bias_block.data());
+                layer_norm_grad_rows<1>(all, row, dropout, scratch, grad_dropped, weight_block.data(), bias_block.data());
             weight_sums.add(chunk, weight_block.data());
             bias_sums.add(chunk, bias_block.data());
         }
     }
-    weight_sums.finish(grad_weight);
-    bias_sums.finish(grad_bias);
+    weight_sums.finish(grads.weight);
+    bias_sums.finish(grads.bias);
 }
 
 }  // namespace bert_fast::cpu::BERT_FAST_ISA

@@ -79,4 +79,34 @@ inline void dropout_factors(const Dropout& dropout, int64_t sequence_start, int6
     }
 }
 
+// Features of a row whose factors are drawn together, and so what a row of factors is rounded up to.
+constexpr int64_t kDrawnFeatures = 8 * kStep;
+
+// factors[i], for i below `width` rounded up to a multiple of kDrawnFeatures: what feature i of a row is multiplied with.
+// Counter c holds the numbers of features 8 * c + 2 * word, in the upper half, and of the one after it, in the lower.
+inline void feature_factors(const Dropout& dropout, int64_t row, int64_t width, float* factors) {
+    const uint32_t threshold = dropout.threshold << 16;
+    for (int64_t counter = 0; 8 * counter < width; counter += kStep) {
+        Wide c[4][kVectors];
+        for (int i = 0; i < kVectors; ++i) {
+            for (int lane = 0; lane < kCounters; ++lane)
+                c[0][i][lane] = static_cast<uint64_t>(counter + i * kCounters + lane);
+            c[1][i] = Wide{} + (static_cast<uint64_t>(row) & 0xFFFFFFFFu);
+            c[2][i] = Wide{} + (static_cast<uint64_t>(row) >> 32);
+            c[3][i] = Wide{};
+        }
+        philox<Dropout::kRounds>(dropout.key, c[0], c[1], c[2], c[3]);
+        uint32_t words[4][kStep];
+        for (int word = 0; word < 4; ++word)
+            for (int i = 0; i < kVectors; ++i) store_lower(c[word][i], &words[word][i * kCounters]);
+        float* target = factors + 8 * counter;
+        for (int i = 0; i < kStep; ++i) {
+            for (int word = 0; word < 4; ++word) {
+                target[8 * i + 2 * word] = words[word][i] >= threshold ? dropout.scale : 0.0f;
+                target[8 * i + 2 * word + 1] = (words[word][i] << 16) >= threshold ? dropout.scale : 0.0f;
+            }
+        }
+    }
+}
+
 }  // namespace bert_fast::cpu::BERT_FAST_ISA
