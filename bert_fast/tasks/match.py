@@ -13,6 +13,7 @@ import numpy as np
 from torch import nn
 
 from . import sentence_trainer
+from .columns import in_one_forward
 from .cross_encoders import HEAD, cross_scores, load_cross_encoder
 from .data.problems import DataError
 from .data.tables import Role, Row, number_in, read_table, text_in
@@ -162,7 +163,7 @@ class Match(Task[Pair]):
         if self.kind == "cross":
             return BinaryCrossEntropyLoss(module)  # type: ignore[no-any-return, unused-ignore]
         losses = {"cosine": CosineSimilarityLoss, "cosent": CoSENTLoss}
-        return losses[self.loss](module)  # type: ignore[no-any-return, unused-ignore]
+        return in_one_forward(losses[self.loss](module))
 
     def save(self, trainer: Any, folder: Path) -> None:
         sentence_trainer.save(trainer, folder)

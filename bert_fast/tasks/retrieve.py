@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from . import sentence_trainer
+from .columns import in_one_forward
 from .data.beir import is_beir, read_beir
 from .data.problems import DataError
 from .data.queries import Corpus, Query, read_queries
@@ -120,7 +121,7 @@ class Retrieve(Task[Query]):
         options: dict[str, Any] = {} if is_cosine(model) else {"scale": 1.0, "similarity_fct": util.dot_score}
         module: Any = model.module
         if self.mini_batch is None:
-            return losses.MultipleNegativesRankingLoss(module, **options)  # type: ignore[no-any-return, unused-ignore]
+            return in_one_forward(losses.MultipleNegativesRankingLoss(module, **options))
         return losses.CachedMultipleNegativesRankingLoss(  # type: ignore[no-any-return, unused-ignore]
             module, mini_batch_size=self.mini_batch, **options
         )
