@@ -79,8 +79,9 @@ bench-families: $(VENV)/test.stamp
 bench-pretrain: $(VENV)/test.stamp
 	$(BIN)/python -m benchmarks.pretrain --text $(TEXT) $(ARGS)
 
-# Every task fine-tuned and used beside plain transformers, three seeds of reduced data, a quarter of an hour on two
-# cores; DATA=folder, see benchmarks/tasks.py. ARGS=--full for all of the data, hours for the plain side.
+# Every task fine-tuned and used beside plain transformers, on reduced data, a quarter of an hour on two
+# cores; DATA=folder, see benchmarks/tasks.py. ARGS="--seeds 1 2 3" for three; ARGS=--full for all of the data, hours for
+# the plain side.
 bench-tasks: $(VENV)/test.stamp
 	$(BIN)/python -m benchmarks.tasks --data $(DATA) $(ARGS)
 
