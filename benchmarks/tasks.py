@@ -199,7 +199,7 @@ CASES = {
         "f1",
         share=0.15,
         reduced={"epochs": 3, "learning_rate": 3e-4, "batch_size": 16},
-        full={"epochs": 5, "learning_rate": 2e-4},
+        full={"epochs": 3, "learning_rate": 3e-4},
         settings={"repair": True},
     ),
     "STS-B": Case(
@@ -208,7 +208,7 @@ CASES = {
         "spearman",
         share=0.15,
         reduced={"epochs": 2},
-        full={"epochs": 4},
+        full={"epochs": 1},
         settings={"columns": {"sentence1": "1", "sentence2": "2", "score": "3"}},
         before=True,
     ),
