@@ -143,6 +143,12 @@ def test_nothing_to_learn(kind: Any, labels: list[Any], message: str) -> None:
         Classify(kind=kind).fitted(texts(labels))
 
 
+def test_few_texts_of_many_classes() -> None:
+    """Names are classes, however few texts each has."""
+    names = [f"intent {number % 20:02}" for number in range(30)]
+    assert Classify().fitted(texts(names)).labels == tuple(sorted(set(names)))
+
+
 def test_check() -> None:
     task = Classify().fitted(texts(["x", "y"]))
     task.check(texts(["y", None]), is_labelled=False)

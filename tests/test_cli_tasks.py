@@ -104,6 +104,18 @@ def test_help(command: str) -> None:
         assert len(line) <= 120
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_gpu_is_taken_where_there_is_one(command: str) -> None:
+    assert "[default: a GPU if there is one]" in " ".join(passed(*command.split(), "--help").split())
+    context = click.Context(app.app)
+    for option in (command_options.found_device_option, command_options.device_of_any_option):
+        (parameter,) = option(lambda: None).__click_params__
+        assert parameter.process_value(context, None) is None
+        assert str(parameter.process_value(context, "cpu")) == "cpu"
+        with pytest.raises(click.BadParameter, match="'gpu' is no device; cpu or cuda is meant"):
+            parameter.process_value(context, "gpu")
+
+
 def test_bad_line(encoder: Path, tmp_path: Path) -> None:
     train = save_tsv(tmp_path / "train.tsv", [("good", "a"), ("bad",)])
     message = refused("finetune", "classify", "--model", encoder, "--train", train, "--out", tmp_path / "out")

@@ -33,7 +33,9 @@ from safetensors.torch import load_file
 
 import bert_fast
 from bert_fast.tasks import DataError, DivergedError, Model, Outcome, Sources, Training, loop, open_model, results
+from bert_fast.tasks.card import _measures
 from bert_fast.tasks.classify import Classify, Text
+from bert_fast.tasks.data.split import split
 from bert_fast.tasks.finetune import finetune
 
 CPU = torch.device("cpu")
@@ -618,3 +620,46 @@ def test_no_folder(folder: Path, tmp_path: Path) -> None:
 def test_held_out(share: float, folder: Path) -> None:
     with pytest.raises(ValueError, match="held_out is"):
         sources(folder, held_out=share)
+
+
+def test_a_label_that_is_held_out_alone(folder: Path, tmp_path: Path) -> None:
+    """It stands in the training file, so it is one of the model's."""
+    rows = [(text, "good" if label == "good" else "bad") for text, label in ROWS]
+    for rare, _ in MORE:
+        train = save_tsv(tmp_path / "train.tsv", [*((t, label) for t, label in rows if t != rare), (rare, "rare")])
+        if split(Classify().read(train), 0.2)[1][-1].label == "rare":
+            break
+    outcome = finetune(
+        Classify(),
+        Sources(model=str(folder / "model"), train=train, held_out=0.2),
+        tmp_path / "out",
+        training(epochs=1),
+        device=CPU,
+    )
+    assert "accuracy" in outcome.measures
+    task = open_model(outcome.folder, device=CPU).task
+    assert isinstance(task, Classify)
+    assert task.labels == ("bad", "good", "rare")
+
+
+def test_the_training_file_is_no_evaluation(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"dev is .*train\.tsv, as train is; without dev a part of train is held out"):
+        Sources(model="m", train=folder / "train.tsv", dev=folder / ".." / folder.name / "train.tsv")
+
+
+def test_a_corrected_label_is_another_run(folder: Path, tmp_path: Path) -> None:
+    train = save_tsv(tmp_path / "train.tsv", ROWS)
+    these = Sources(model=str(folder / "model"), train=train, held_out=0.0)
+    finetune(Classify(), these, tmp_path / "out", training(epochs=1), device=CPU)
+    text, label = ROWS[0]
+    save_tsv(train, [(text, "bad" if label == "good" else "good"), *ROWS[1:]])
+    with pytest.raises(ValueError, match="was begun with data = "):
+        finetune(Classify(), these, tmp_path / "out", training(epochs=1), resume=True, device=CPU)
+
+
+def test_a_measure_that_was_not_there_before(tmp_path: Path) -> None:
+    """As of a kind of entity that is neither in the text nor predicted at first."""
+    outcome = Outcome(tmp_path, {"f1": 0.5, "f1_MISC": 0.25}, {"f1": 0.1}, {"train": 3, "dev": 2}, 1.0, 1.0)
+    text = _measures(outcome)
+    assert "| f1 | 0.1000 | 0.5000 |" in text
+    assert "| f1_MISC |  | 0.2500 |" in text

@@ -194,3 +194,13 @@ def test_lists_of_other_queries() -> None:
 def test_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Retrieve(**settings)
+
+
+def test_the_split_stays_with_the_training(folder: Path) -> None:
+    """Of a folder with several nobody means that of the training queries later."""
+    task = Retrieve(split="train")
+    examples = task.read(folder)
+    fitted = task.fitted(examples)
+    assert fitted == Retrieve()
+    with pytest.raises(DataError, match=r"several splits .*dev, train"):
+        fitted.read(folder)

@@ -41,7 +41,7 @@ ROWS = [{"text": "a film", "label": "good"}, {"text": 'so "dull"', "label": "bad
         ("a.csv", 'review,class\na film,good\n"so ""dull""",bad\n'),
         ("a.csv", '"class","review"\n\n"good","a film"\n   \n"bad","so ""dull"""\n'),
         ("a.jsonl", '{"text": "a film", "label": "good", "pair": null}\n\n{"label": "bad", "text": "so \\"dull\\""}'),
-        ("a.tsv.gz", gzip.compress(b'text\tlabel\na film\tgood\nso "dull"\tbad\n')),
+        ("a.tsv.gz", gzip.compress(b'text\tlabel\na film\tgood\nso "dull"\tbad\n', mtime=0)),
         ("a.csv.xz", lzma.compress(b'text,label\na film,good\n"so ""dull""",bad\n')),
     ],
 )
@@ -100,7 +100,7 @@ def test_lines_within_quotes(tmp_path: Path) -> None:
         ("a.jsonl", "7\n", {}, "a.jsonl:1: a number; an object is needed"),
         ("a.tsv", b"text\tlabel\n\xff\ty\n", {}, "a.tsv:2: not UTF-8 at byte 0"),
         ("a.tsv", b"text\tlabel\nx\0\ty\n", {}, "a.tsv:2: NUL character"),
-        ("a.tsv.gz", gzip.compress(b"text\tlabel\nx\ty\n")[:-9], {}, "a.tsv.gz:"),
+        ("a.tsv.gz", gzip.compress(b"text\tlabel\nx\ty\n", mtime=0)[:-9], {}, "a.tsv.gz:"),
     ],
 )
 def test_faults(name: str, content: str | bytes, columns: dict[str, str], message: str, tmp_path: Path) -> None:
@@ -167,3 +167,53 @@ def test_what_is_no_number(value: object, tmp_path: Path) -> None:
 def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         values(tmp_path / "a.tsv")
+
+
+# ---- columns that may be missing, or could be several ---------------------------------------------------------------
+
+
+GOLD = Role("label", ("class",), is_required=False, is_needed_if_named=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "columns"),
+    [
+        ("a.tsv", "text\na film\n", {"label": "gold"}),
+        ("a.csv", "a film\n", {"text": "1", "label": "2"}),
+        ("a.jsonl", '{"text": "a film"}', {"label": "gold"}),
+    ],
+)
+def test_an_answer_may_be_missing_though_it_is_named(
+    name: str, content: str, columns: dict[str, str], tmp_path: Path
+) -> None:
+    file = save(tmp_path, name, content)
+    assert [dict(row.values) for row in read_table(file, (TEXT, GOLD), columns)] == [{"text": "a film"}]
+    with pytest.raises(DataError, match=r"no column (gold|2)"):
+        list(read_table(file, ROLES, columns))
+
+
+def test_several_names_of_one_role(tmp_path: Path) -> None:
+    """GLUE's QNLI: one of both alone would be half of it."""
+    role = Role("text", ("sentence", "question"), has_one_name=True)
+    file = save(tmp_path, "a.tsv", "index\tquestion\tsentence\n0\twhy?\tso\n")
+    with pytest.raises(DataError, match=r"a\.tsv:1: columns sentence and question could be text; --column text=NAME"):
+        list(read_table(file, (role,)))
+    (row,) = read_table(file, (role,), {"text": "question"})
+    assert row.values == {"text": "why?"}
+    file = save(tmp_path, "b.tsv", "text\tquestion\tsentence\na\twhy?\tso\n")
+    assert [row.values for row in read_table(file, (role,))] == [{"text": "a"}]
+
+
+def test_long_fields_of_csv(tmp_path: Path) -> None:
+    text = "word " * 40_000
+    file = save(tmp_path, "a.csv", f'text,label\n"{text}",good\n')
+    assert values(file) == [{"text": text, "label": "good"}]
+
+
+def test_half_of_a_character(tmp_path: Path) -> None:
+    whole, half = r'{"text": "a \ud83d\ude00", "label": "b"}', r'{"text": "a", "label": ["\ud83d"]}'
+    file = save(tmp_path, "a.jsonl", f"{whole}\n{half}\n")
+    rows = read_table(file, ROLES)
+    assert next(rows).values["text"] == "a \U0001f600"
+    with pytest.raises(DataError, match=r"a\.jsonl:2: label has half a surrogate pair"):
+        next(rows)

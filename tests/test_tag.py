@@ -408,3 +408,9 @@ def test_measures_of_plain_labels() -> None:
     task = Tag(scheme="none", labels=("DT", "IN", "NN", "VB"))
     truth = sentences("a/DT b/NN", "a/DT b/NN")
     assert task.measure(truth, found("DT NN", "DT VB")) == pytest.approx({"accuracy": 3 / 4, "f1_macro": 5 / 9})
+
+
+def test_a_model_without_a_head_is_refused(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "encoder", "BertModel")
+    with pytest.raises(ValueError, match=r"no weights classifier\.bias, classifier\.weight"):
+        open_model(folder, "tag", device=torch.device("cpu"))

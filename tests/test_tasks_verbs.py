@@ -153,3 +153,28 @@ def test_rerank(tmp_path: Path) -> None:
     assert tasks.rerank(model, ["a film"], [passages], top=4) == [found]
     with pytest.raises(ValueError, match="are given to open_cross_encoder"):
         tasks.rerank(model, ["a film"], [passages], int8=True)
+
+
+# ---- texts and pairs of the other tasks -----------------------------------------------------------------------------
+
+
+def test_pairs_to_match(tmp_path: Path) -> None:
+    encoder = save_encoder(tmp_path / "encoder")
+    same, other = tasks.predict(
+        encoder, [("a good film", "a good film"), ("a film", "bad")], task="match", device="cpu"
+    )
+    assert same["cosine"] == pytest.approx(1)
+    assert other["cosine"] < 1
+
+
+def test_questions_to_answer(tmp_path: Path) -> None:
+    folder = save_encoder(tmp_path / "qa", architecture="BertForQuestionAnswering")
+    sizes = {"longest_question": 16, "stride": 8}
+    (found,) = tasks.predict(folder, [("was the film good", "the film was very good")], device="cpu", **sizes)
+    assert found["text"] in "the film was very good"
+
+
+def test_texts_to_tag(tmp_path: Path) -> None:
+    folder = save_encoder(tmp_path / "tag", architecture="BertForTokenClassification", num_labels=3)
+    (found,) = tasks.predict(folder, ["the film"], device="cpu", words="blanks")
+    assert len(found["labels"]) == 2

@@ -19,7 +19,7 @@ from bert_fast.tasks.settings import Precision, Training
 from bert_fast.tasks.tag import SchemeName, Tag
 from bert_fast.tasks.task import Task
 
-from .options import PATH, device_option, need, one_line
+from .options import PATH, found_device_option, need, one_line
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -74,7 +74,7 @@ def run_options(task: type[Task[Any]]) -> Callable[[Command], Command]:
             for value in [getattr(defaults, name)]
         ),
         *(click.option(_flag(name), is_flag=True, help=text) for name, text in FLAGS.items()),
-        device_option,
+        found_device_option,
     ]
 
     def decorate(command: Command) -> Command:

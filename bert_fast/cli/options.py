@@ -35,16 +35,36 @@ def one_line() -> Iterator[None]:
         raise click.UsageError(str(error)) from None
 
 
-def checked_device(_context: click.Context, _parameter: click.Parameter, name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
+    """
+    Raises:
+        click.BadParameter: torch knows no such device.
+    """
     try:
-        device = torch.device(name)
+        return torch.device(name)
     except RuntimeError:
         raise click.BadParameter(f"{name!r} is no device; cpu or cuda is meant") from None
+
+
+def present_device(_context: click.Context, _parameter: click.Parameter, name: str | None) -> torch.device | None:
+    """One that this machine has; None: a GPU if there is one."""
+    if name is None:
+        return None
+    device = device_named(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise click.BadParameter("this machine has no CUDA device; cpu works everywhere")
     return device
 
 
+def device_of_any(_context: click.Context, _parameter: click.Parameter, name: str | None) -> str | None:
+    """One that perhaps another machine has; None: a GPU if there is one."""
+    return name if name is None else str(device_named(name))
+
+
+FOUND = "cpu, cuda or cuda:N.  [default: a GPU if there is one]"
+
 device_option = click.option(
-    "--device", default="cpu", show_default=True, callback=checked_device, help="cpu, cuda or cuda:N."
+    "--device", default="cpu", show_default=True, callback=present_device, help="cpu, cuda or cuda:N."
 )
+found_device_option = click.option("--device", callback=present_device, help=FOUND)
+device_of_any_option = click.option("--device", callback=device_of_any, help=FOUND)

@@ -18,7 +18,7 @@ from .lines import say, write_lines
 def open_tuned(
     folder: Path,
     task: str | None,
-    device: torch.device,
+    device: torch.device | None,
     int8: bool,
     columns: dict[str, str],
     settings: dict[str, Any],

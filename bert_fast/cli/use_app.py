@@ -17,7 +17,7 @@ from bert_fast.tasks.vectors.search import Engine as SearchEngine
 from bert_fast.tasks.vectors.search import Metric
 
 from .finetune_app import columns_option
-from .options import FILE, FOLDER, NEW_FILE, PATH, device_option, need, one_line
+from .options import FILE, FOLDER, NEW_FILE, PATH, device_of_any_option, found_device_option, need, one_line
 
 MODEL = click.option("--model", required=True, help="A folder, or a name on the hub.")
 TOKENS = click.option(
@@ -62,7 +62,7 @@ settings_option = click.option(
 @settings_option
 @TOKENS
 @INT8
-@device_option
+@found_device_option
 def predict(
     model: Path,
     source: Path,
@@ -72,7 +72,7 @@ def predict(
     settings: dict[str, Any],
     tokens_per_batch: int,
     int8: bool,
-    device: torch.device,
+    device: torch.device | None,
 ) -> None:
     """Say what a fine-tuned model makes of a file.
 
@@ -102,7 +102,7 @@ def predict(
 @settings_option
 @TOKENS
 @INT8
-@device_option
+@found_device_option
 def evaluate(
     model: Path,
     source: Path,
@@ -112,7 +112,7 @@ def evaluate(
     settings: dict[str, Any],
     tokens_per_batch: int,
     int8: bool,
-    device: torch.device,
+    device: torch.device | None,
 ) -> None:
     """Measure how right a fine-tuned model is.
 
@@ -182,7 +182,7 @@ def evaluate(
 @click.option("--cpus", type=click.FloatRange(0), default=1, show_default=True, help="With --engine ray: of each.")
 @click.option("--gpus", type=click.FloatRange(0), help="With --engine ray: of each.  [default: 1 where there are any]")
 @click.option("--address", help="With --engine ray: of a running cluster.  [default: RAY_ADDRESS, or one of its own]")
-@click.option("--device", help="cpu, cuda or cuda:N.  [default: a GPU if there is one]")
+@device_of_any_option
 def embed(**values: Any) -> None:
     """Turn texts into vectors.
 
@@ -233,7 +233,7 @@ def embed(**values: Any) -> None:
 @click.option("--other-model", is_flag=True, help="The model may be another than that of the vectors.")
 @click.option("--out", type=NEW_FILE, help="Where to write, .jsonl.  [default: tables on the screen]")
 @INT8
-@click.option("--device", help="cpu, cuda or cuda:N.  [default: a GPU if there is one]")
+@device_of_any_option
 def search(**values: Any) -> None:
     """Find the texts nearest to queries.
 
@@ -264,7 +264,7 @@ def search(**values: Any) -> None:
 @click.option("--max-length", type=click.IntRange(3), help="Tokens of the longest pair.  [default: as the model says]")
 @TOKENS
 @INT8
-@device_option
+@found_device_option
 def rerank(**values: Any) -> None:
     """Put candidates into a better order with a cross-encoder.
 

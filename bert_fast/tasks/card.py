@@ -82,10 +82,15 @@ def _measures(outcome: Outcome) -> str:
     has_before = bool(outcome.before)
     head = ("measure", "before", "after") if has_before else ("measure", "value")
     rows = [
-        (name, *([f"{outcome.before[name]:.4f}"] if has_before else []), f"{value:.4f}")
+        (name, *([_shown(outcome.before.get(name))] if has_before else []), _shown(value))
         for name, value in outcome.measures.items()
     ]
     return "## Evaluation\n\n" + _table(head, rows)
+
+
+def _shown(value: float | None) -> str:
+    """A measure; there may be none, as of a kind of entity that only one of two predictions has."""
+    return "" if value is None else f"{value:.4f}"
 
 
 def _settings(task: Task[Any]) -> list[tuple[str, Any]]:

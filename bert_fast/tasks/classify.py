@@ -30,7 +30,11 @@ __all__ = ["Classify", "Kind", "Text"]
 Kind = Literal["single", "multi", "number"]
 
 ROLES = (
-    Role("text", ("sentence", "sentence1", "text1", "question", "question1", "premise", "query", "review")),
+    Role(
+        "text",
+        ("sentence", "sentence1", "text1", "question", "question1", "premise", "query", "review"),
+        has_one_name=True,
+    ),
     Role("pair", ("sentence2", "text2", "question2", "hypothesis", "passage"), is_required=False),
 )
 LABEL = (
@@ -140,7 +144,8 @@ class Classify(Task[Text]):
         names = {name for example in examples for name in _names(example)}
         if len(names) < 2:
             raise DataError(f"the training examples have only the class {min(names, default=None)!r}; two are needed")
-        most = MOST_CLASSES if self.kind == "multi" else min(MOST_CLASSES, max(2, len(examples) // 2))
+        are_numbers = self.kind == "single" and all(_natural(name)[0] == 0 for name in names)
+        most = min(MOST_CLASSES, max(2, len(examples) // 2)) if are_numbers else MOST_CLASSES
         if len(names) > most:
             raise DataError(
                 f"the training examples have {len(names)} classes in {len(examples)} texts, such as "

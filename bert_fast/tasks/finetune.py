@@ -45,6 +45,8 @@ class Sources:
     def __post_init__(self) -> None:
         if not 0 <= self.held_out < 1:
             raise ValueError(f"held_out is {self.held_out}; it must be at least 0 and less than 1")
+        if self.dev is not None and self.dev.resolve() == self.train.resolve():
+            raise ValueError(f"dev is {self.dev}, as train is; without dev a part of train is held out")
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,8 @@ def finetune(
     if training.precision == "fp16" and where.device.type != "cuda":
         raise ValueError("precision is 'fp16', which needs a GPU; fp32 and bf16 work everywhere")
     train, dev = _examples(task, sources)
-    task = task.fitted(train)
+    # A part that is held out of the training examples may have a label that no other has.
+    task = task.fitted(train if sources.dev else [*train, *dev])
     task.check(dev)
     with where.main_process_first(local=False):
         if where.process_index == 0:
@@ -182,7 +185,7 @@ def _run(
     """What the folder's run is of, as JSON gives it back."""
     digest = hashlib.sha256()
     for example in (example for part in examples for example in part):
-        digest.update(f"{len(example.key)} {example.key}".encode("utf-8", "surrogatepass"))
+        digest.update(repr(example).encode("utf-8", "surrogatepass"))
     run = {
         "task": task.name,
         "settings": task.settings(),

@@ -76,6 +76,7 @@ class Match(Task[Pair]):
     name: ClassVar[str] = "match"
     pipeline: ClassVar[str] = "sentence-similarity"
     library: ClassVar[str] = "sentence-transformers"
+    parts: ClassVar[tuple[str, ...]] = ("sentence1", "sentence2")
     training: ClassVar[dict[str, Any]] = {"epochs": 4, "batch_size": 16, "learning_rate": 2e-5}
 
     kind: Kind = "bi"
@@ -100,7 +101,7 @@ class Match(Task[Pair]):
     # ---- data ----
 
     def read(self, file: Path, *, is_labelled: bool = True) -> list[Pair]:
-        roles = (*ROLES, Role("score", SCORE, is_labelled))
+        roles = (*ROLES, Role("score", SCORE, is_labelled, is_labelled))
         return [_pair(row, is_labelled) for row in read_table(file, roles, self.columns)]
 
     def fitted(self, examples: Sequence[Pair]) -> Self:

@@ -47,6 +47,7 @@ class Answer(Task[Question]):
 
     name: ClassVar[str] = "qa"
     pipeline: ClassVar[str] = "question-answering"
+    parts: ClassVar[tuple[str, ...]] = ("question", "context")
 
     columns: Mapping[str, str] = field(default_factory=dict)
     fix_starts: bool = False

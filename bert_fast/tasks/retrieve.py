@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
@@ -19,6 +19,9 @@ from .embeddings import embed_texts, is_cosine, load_sentence_transformer, neare
 from .ranking import ranking_measures
 from .settings import Training, at_least
 from .task import Model, Prediction, Task
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["Retrieve"]
 
@@ -46,6 +49,7 @@ class Retrieve(Task[Query]):
     name: ClassVar[str] = "retrieve"
     pipeline: ClassVar[str] = "sentence-similarity"
     library: ClassVar[str] = "sentence-transformers"
+    parts: ClassVar[tuple[str, ...]] = ("query", "positive")
     training: ClassVar[dict[str, Any]] = {"epochs": 3, "batch_size": 64, "learning_rate": 2e-5}
 
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -77,6 +81,10 @@ class Retrieve(Task[Query]):
         if is_beir(file):
             return read_beir(file, self.split, is_labelled=is_labelled)
         return read_queries(file, self.columns, is_labelled=is_labelled)
+
+    def fitted(self, examples: Sequence[Query]) -> Self:  # noqa: ARG002
+        """Without the split, which was that of the training queries: another folder's, or another use, has its own."""
+        return replace(self, split=None)
 
     # ---- model ----
 

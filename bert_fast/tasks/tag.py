@@ -61,6 +61,7 @@ class Tag(Task[Sentence]):
 
     name: ClassVar[str] = "tag"
     pipeline: ClassVar[str] = "token-classification"
+    parts: ClassVar[tuple[str, ...]] = ("text",)
 
     scheme: SchemeName = "auto"
     repair: bool = False
@@ -159,7 +160,7 @@ class Tag(Task[Sentence]):
         return Model(model.module, _with_blanks(model.tokenizer, source))
 
     def load(self, folder: str) -> Model:
-        return hugging_face.load_model("AutoModelForTokenClassification", folder)
+        return hugging_face.load_model("AutoModelForTokenClassification", folder, is_whole=True)
 
     def of_model(self, model: Model) -> Self:
         """The task with the labels that a model from elsewhere names.

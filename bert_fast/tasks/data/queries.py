@@ -16,9 +16,11 @@ NEGATIVES = tuple(f"negative_{number}" for number in range(1, 11))
 
 ROLES = (
     Role("query", ("question", "anchor", "sentence1", "text1", "text_a")),
+    Role("id", ("_id", "qid", "query_id", "query-id"), is_required=False),
+)
+NEGATIVE_ROLES = (
     Role("negative", ("negatives", "hard_negative", "hard_negatives", "neg", "sentence3"), is_required=False),
     *(Role(name, is_required=False) for name in NEGATIVES),
-    Role("id", ("_id", "qid", "query_id", "query-id"), is_required=False),
 )
 POSITIVE = ("positives", "passage", "answer", "document", "response", "pos", "sentence2", "text2", "text_b")
 
@@ -89,8 +91,9 @@ def read_queries(file: Path, columns: Mapping[str, str] | None = None, *, is_lab
     """
     corpus, found, ids = Corpus(), dict[str, Query](), dict[str, str]()
     names: dict[str, str] = {}  # of passages, by text
-    positive = Role("positive", POSITIVE, is_labelled)
-    for row in read_table(file, (ROLES[0], positive, *ROLES[1:]), columns):
+    positive = Role("positive", POSITIVE, is_labelled, is_labelled)
+    negatives = [replace(role, is_needed_if_named=is_labelled) for role in NEGATIVE_ROLES]
+    for row in read_table(file, (ROLES[0], positive, *negatives, *ROLES[1:]), columns):
         text, name = text_in(row, "query"), _id(row)
         if ids.setdefault(name, text) != text:
             row.refuse(f"id {name!r} is that of another query too")

@@ -99,8 +99,8 @@ def read_json_lines(file: Path, columns: Mapping[str, str], words: Words, *, is_
         OSError: the file cannot be opened.
     """
     roles = [
-        Role("tokens", ("words",), is_required=is_labelled),
-        Role("labels", LABELS, is_required=is_labelled),
+        Role("tokens", ("words",), is_labelled, is_labelled),
+        Role("labels", LABELS, is_labelled, is_labelled),
         Role("text", ("sentence",), is_required=False),
     ]
     for row in read_table(file, roles, columns):

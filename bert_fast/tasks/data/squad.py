@@ -17,8 +17,9 @@ __all__ = ["Question", "Reading", "Span", "read_questions"]
 ROLES = (
     Role("question", ("query",)),
     Role("context", ("passage",)),
-    *(Role(name, (), is_required=False) for name in ("id", "answers", "is_impossible", "title")),
+    *(Role(name, (), is_required=False) for name in ("id", "title")),
 )
+ANSWERS = ("answers", "is_impossible")
 
 KINDS = {str: "a string", int: "a whole number", bool: "true or false", list: "a list"}
 
@@ -148,7 +149,7 @@ def read_questions(file: Path, reading: Reading) -> list[Question]:
     suffix = bare_suffix(file)
     if suffix not in (".json", ".jsonl"):
         raise bad_line(file, None, "no known suffix; it must be .json or .jsonl, also with .gz or .xz")
-    records = _articles(file) if suffix == ".json" else _rows(file, reading.columns)
+    records = _articles(file) if suffix == ".json" else _rows(file, reading)
     result: dict[str, Question] = {}
     for record in records:
         question = _question(record, reading)
@@ -163,8 +164,9 @@ def read_questions(file: Path, reading: Reading) -> list[Question]:
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def _rows(file: Path, columns: Mapping[str, str]) -> Iterator[Record]:
-    for row in read_table(file, ROLES, columns):
+def _rows(file: Path, reading: Reading) -> Iterator[Record]:
+    answers = [Role(name, (), False, reading.is_labelled) for name in ANSWERS]
+    for row in read_table(file, (*ROLES, *answers), reading.columns):
         yield Record(row.place, {"id": row.place, **row.values})
 
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ...lines import bare_suffix
+from ...lines import MAX_LINE, bare_suffix
 from .problems import DataError, bad_line, lines_of
 
 __all__ = ["ALLOWED", "Role", "Row", "json_rows", "kind_of", "number_in", "read_table", "text_in"]
 
 ALLOWED = ".tsv, .csv or .jsonl, also with .gz or .xz"
+
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # half a pair, and halves that make a whole
 
 
 @dataclass(frozen=True)
@@ -25,16 +28,25 @@ class Role:
         name: of the role, which is also a name that its column may have.
         aliases: other names that its column may have.
         is_required: whether a table without it is refused.
+        is_needed_if_named: whether it is, too, where `columns` of read_table names it.
+        has_one_name: whether a table with several of the aliases is refused, as its first may be the wrong one.
     """
 
     name: str
     aliases: tuple[str, ...] = ()
     is_required: bool = True
+    is_needed_if_named: bool = True
+    has_one_name: bool = False
 
     def find(self, header: Sequence[str]) -> int | None:
         """Which column it is, from 0; the name before the aliases, and these in their order."""
         lower = [name.strip().lower() for name in header]
         return next((lower.index(name) for name in (self.name, *self.aliases) if name in lower), None)
+
+    def candidates(self, header: Sequence[str]) -> list[str]:
+        """The columns that could be it, if none has its name."""
+        lower = [name.strip().lower() for name in header]
+        return [] if self.name in lower else [name for name in self.aliases if name in lower]
 
 
 @dataclass(frozen=True)
@@ -85,7 +97,9 @@ def read_table(file: Path, roles: Sequence[Role], columns: Mapping[str, str] | N
     for name in wanted:
         if name not in known:
             raise ValueError(f"column {name!r} is unknown; there are {', '.join(known)}")
-    needed = [replace(role, is_required=role.is_required or role.name in wanted) for role in roles]
+    needed = [
+        replace(role, is_required=True) if role.name in wanted and role.is_needed_if_named else role for role in roles
+    ]
     readers = {".tsv": _read_tsv, ".csv": _read_csv, ".jsonl": _read_jsonl}
     suffix = bare_suffix(file)
     if suffix not in readers:
@@ -151,6 +165,7 @@ def _read_csv(file: Path, roles: Sequence[Role], columns: Mapping[str, str]) -> 
 
 
 def _csv_fields(file: Path) -> Iterator[tuple[int, list[str]]]:
+    csv.field_size_limit(MAX_LINE)  # of all readers of the process, whose usual limit is 128 KiB
     reader = csv.reader((f"{line}\n" for _, line in lines_of(file)), strict=True)
     line = 1
     try:
@@ -198,10 +213,14 @@ def _numbered(
     for role in roles:
         if role.is_required and role.name not in columns:
             raise ValueError(f"columns have numbers, but none for {role.name}, which is needed")
-    for name, number in columns.items():
-        if not 1 <= int(number) <= len(first):
-            raise bad_line(file, line, f"no column {number}, which is to be {name}; there are {len(first)}")
     places = {name: int(number) - 1 for name, number in columns.items()}
+    optional = {role.name for role in roles if not role.is_required}
+    for name, place in list(places.items()):
+        if 0 <= place < len(first):
+            continue
+        if name not in optional:
+            raise bad_line(file, line, f"no column {place + 1}, which is to be {name}; there are {len(first)}")
+        del places[name]
     if all(role.find([first[places[role.name]]]) is not None for role in roles if role.name in places):
         raise bad_line(
             file, line, f"these are the columns' names, {', '.join(first)[:80]}; name them, not their numbers"
@@ -215,6 +234,9 @@ def _named(
     found = {}
     for role in roles:
         asked = columns.get(role.name)
+        if asked is None and role.has_one_name and len(several := role.candidates(header)) > 1:
+            reason = f"columns {' and '.join(several)} could be {role.name}; --column {role.name}=NAME says which"
+            raise bad_line(file, line, reason)
         place = role.find(header) if asked is None else _index(header, asked)
         if place is not None:
             found[role.name] = place
@@ -256,7 +278,19 @@ def json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             raise bad_line(file, line, f"no JSON ({error})") from None
         if not isinstance(row, dict):
             raise bad_line(file, line, f"{kind_of(row)}; an object is needed")
+        if SURROGATE.search(text):
+            _check_unicode(file, line, row)
         yield line, row
+
+
+def _check_unicode(file: Path, line: int, row: dict[str, Any]) -> None:
+    """Refuses halves of surrogate pairs, which JSON can say, but no tokenizer and no file takes."""
+    for name, value in row.items():
+        try:
+            (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode("utf-8")
+        except UnicodeEncodeError as error:
+            where = f" at character {error.start}" if isinstance(value, str) else ""
+            raise bad_line(file, line, f"{name} has half a surrogate pair{where}") from None
 
 
 def _read_jsonl(file: Path, roles: Sequence[Role], columns: Mapping[str, str]) -> Iterator[Row]:
