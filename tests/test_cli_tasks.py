@@ -109,7 +109,7 @@ def test_a_gpu_is_taken_where_there_is_one(command: str) -> None:
     assert "[default: a GPU if there is one]" in " ".join(passed(*command.split(), "--help").split())
     context = click.Context(app.app)
     for option in (command_options.found_device_option, command_options.device_of_any_option):
-        (parameter,) = option(lambda: None).__click_params__
+        (parameter,) = option(click.command()(lambda: None)).params
         assert parameter.process_value(context, None) is None
         assert str(parameter.process_value(context, "cpu")) == "cpu"
         with pytest.raises(click.BadParameter, match="'gpu' is no device; cpu or cuda is meant"):

@@ -95,10 +95,10 @@ def test_judged_documents_stay(tmp_path: Path) -> None:
     queries, documents = (
         {json.loads(line)["_id"] for line in lines_of(found / f"{name}.jsonl")} for name in ("queries", "corpus")
     )
-    head, *rows = (line.split("\t") for line in lines_of(found / "qrels-train.tsv"))
+    head, *grades = (line.split("\t") for line in lines_of(found / "qrels-train.tsv"))
     assert head == ["query-id", "corpus-id", "score"]
-    assert {row[0] for row in rows} == queries
-    assert {row[1] for row in rows} < documents
+    assert {row[0] for row in grades} == queries
+    assert {row[1] for row in grades} < documents
     assert 15 < len(queries) < 70
     assert len(documents) < 120
 

@@ -169,7 +169,7 @@ def test_pairs_to_match(tmp_path: Path) -> None:
 
 def test_questions_to_answer(tmp_path: Path) -> None:
     folder = save_encoder(tmp_path / "qa", architecture="BertForQuestionAnswering")
-    sizes = {"longest_question": 16, "stride": 8}
+    sizes: dict[str, Any] = {"longest_question": 16, "stride": 8}
     (found,) = tasks.predict(folder, [("was the film good", "the film was very good")], device="cpu", **sizes)
     assert found["text"] in "the film was very good"
 
