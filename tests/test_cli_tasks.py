@@ -160,6 +160,29 @@ def test_settings(run: Path, tmp_path: Path) -> None:
     assert "no setting 'colour'" in refused("predict", run, source, "--set", "colour=1")
 
 
+def test_settings_of_another_kind(run: Path, tmp_path: Path) -> None:
+    source = save_tsv(tmp_path / "texts.tsv", [("good", "good")])
+    for setting, message in (
+        ("threshold=high", "threshold is 'high'; a number is needed"),
+        ("max_length=64.5", "max_length is 64.5; a whole number is needed"),
+        ("max_length=true", "max_length is True; a whole number is needed"),
+    ):
+        assert message in refused("predict", run, source, "--set", setting)
+    passed("predict", run, source, "--set", "threshold=0.25", "--set", "max_length=null")
+
+
+def test_outputs_are_checked_first(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "texts.jsonl"
+    source.write_text('{"text": "good", "label": "good"}\n', encoding="utf-8")
+    before = source.read_bytes()
+    monkeypatch.setattr("bert_fast.cli.use.open_model", None)
+    assert f"--out is {source}, which is read" in refused("predict", run, source, "--out", source)
+    assert f"--json is {source}, which is read" in refused("eval", run, source, "--json", source)
+    assert "its suffix must be .jsonl" in refused("predict", run, source, "--out", tmp_path / "a.npy")
+    assert "the folder" in refused("predict", run, source, "--out", tmp_path / "gone" / "a.jsonl")
+    assert source.read_bytes() == before
+
+
 def test_another_task(run: Path, tmp_path: Path) -> None:
     source = save_tsv(tmp_path / "texts.tsv", [("good", "good")])
     assert "holds a model for classify; tag was asked for" in refused("predict", run, source, "--task", "tag")
@@ -199,13 +222,37 @@ def test_search(vectors: Path, encoder: Path, tmp_path: Path) -> None:
     assert all(row["results"][0]["score"] == pytest.approx(1, abs=1e-5) for row in rows)
 
 
+def test_queries_of_a_file(vectors: Path, encoder: Path, tmp_path: Path) -> None:
+    """Their ids stay, so that rerank takes what search wrote."""
+    file, out = tmp_path / "queries.jsonl", tmp_path / "out.jsonl"
+    arguments = ("search", vectors, "--model", encoder, "--device", "cpu", "--queries", file)
+    file.write_text('{"_id": "q7", "text": "good film"}\n', encoding="utf-8")
+    passed(*arguments, "--out", out)
+    (row,) = (json.loads(line) for line in out.read_text(encoding="utf-8").splitlines())
+    assert (row["id"], row["query"]) == ("q7", "good film")
+    assert "--out is" in refused(*arguments, "--out", file)
+    assert f"{vectors}; its suffix must be .jsonl" in refused(*arguments, "--out", vectors)
+    file.write_text('{"text": "good film"}\n{"text": " "}\n', encoding="utf-8")
+    assert f"{file}:2: a blank query" in refused(*arguments)
+    assert "--query is blank" in refused(*arguments[:-2], "--query", " ")
+    file = file.with_suffix(".txt")
+    file.touch()
+    assert f"{file}: no queries" in refused(*arguments[:-1], file)
+
+
+def test_devices_that_are_not_there(vectors: Path, encoder: Path) -> None:
+    for arguments in (("search", vectors, "--query", "a"), ("embed", "--in", vectors, "--out", "x.npy")):
+        assert "'mps' is not served" in refused(*arguments, "--model", encoder, "--device", "mps")
+
+
 def test_search_needs_queries(vectors: Path, encoder: Path) -> None:
     assert "either --query or --queries is needed" in refused("search", vectors, "--model", encoder)
 
 
 def test_ray_options_need_ray(vectors: Path, encoder: Path) -> None:
-    message = refused("embed", "--model", encoder, "--in", vectors, "--out", "x.npy", "--workers", 2)
-    assert "need --engine ray" in message
+    for option in ("--workers", "--cpus"):
+        message = refused("embed", "--model", encoder, "--in", vectors, "--out", "x.npy", option, 2)
+        assert "need --engine ray" in message
 
 
 def test_rerank(tmp_path: Path) -> None:

@@ -663,3 +663,9 @@ def test_a_measure_that_was_not_there_before(tmp_path: Path) -> None:
     text = _measures(outcome)
     assert "| f1 | 0.1000 | 0.5000 |" in text
     assert "| f1_MISC |  | 0.2500 |" in text
+
+
+def test_patience_needs_an_evaluation(folder: Path, tmp_path: Path) -> None:
+    these = Sources(model=str(folder / "model"), train=folder / "train.tsv", held_out=0.0)
+    with pytest.raises(ValueError, match="patience is 3, which needs an evaluation"):
+        finetune(Classify(), these, tmp_path / "out", training(patience=3), device=CPU)

@@ -151,6 +151,7 @@ def test_scores_outside_are_refused() -> None:
     ("settings", "reason"),
     [
         ({"kind": "tri"}, "kind is 'tri'; it must be one of bi, cross"),
+        ({"kind": "cross", "loss": "cosent"}, "loss is 'cosent', which needs kind 'bi', not 'cross'"),
         ({"loss": "mse"}, "loss is 'mse'; it must be one of cosine, cosent"),
         ({"low": 2, "high": 2}, "low is 2, high is 2; low must be less than high"),
         ({"max_length": 2}, "max_length is 2; it must be at least 3"),

@@ -204,3 +204,9 @@ def test_the_split_stays_with_the_training(folder: Path) -> None:
     assert fitted == Retrieve()
     with pytest.raises(DataError, match=r"several splits .*dev, train"):
         fitted.read(folder)
+
+
+def test_a_table_has_no_splits(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"query": "why", "positive": "so"}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"split is 'test'; .*a\.jsonl is a table, which has none"):
+        Retrieve(split="test").read(tmp_path / "a.jsonl")

@@ -20,6 +20,7 @@ from bert_fast.tasks.data.problems import DataError
 from bert_fast.tasks.embeddings import load_sentence_transformer
 from bert_fast.tasks.vectors import Options, Searcher, embed, search
 from bert_fast.tasks.vectors.files import Label, open_vectors
+from bert_fast.tasks.vectors.search import Metric
 
 arrow: Any = pytest.importorskip("pyarrow")
 parquet: Any = pytest.importorskip("pyarrow.parquet")
@@ -274,6 +275,7 @@ def test_no_vectors(tmp_path: Path, name: str, write: Callable[[Path], Any], rea
 
 TEXTS = ["a good film", "a bad book", "the day was very bright", "", "not grim and not dull", "a very good film", "of"]
 ASKED = ["good film", "very grim"]
+METRICS: tuple[Metric, ...] = ("cosine", "dot")
 
 
 @pytest.fixture(scope="module")
@@ -332,6 +334,32 @@ def test_searchers_model(folder: Path, rows: Path, tmp_path: Path) -> None:
     assert [[hit.row for hit in found] for found in searcher(ASKED, 3)] == hits.rows.tolist()
 
 
+def test_the_models_metric(folder: Path, rows: Path, tmp_path: Path) -> None:
+    """A model that says so is searched by inner products, as eval of retrieve does."""
+    opened = load_sentence_transformer(str(folder))
+    module: Any = opened.module
+    embed(folder, rows, tmp_path / "out.npy", options=Options(**OPTIONS))
+    expected = {metric: search(tmp_path / "out.npy", module.encode(ASKED), 3, metric=metric) for metric in METRICS}
+    for metric in (*METRICS, METRICS[0]):
+        module.similarity_fn_name = metric
+        found = Searcher(opened, tmp_path / "out.npy")(ASKED, 3)
+        np.testing.assert_allclose([[h.score for h in hits] for hits in found], expected[metric].scores, rtol=1e-5)
+    assert not np.allclose(expected["cosine"].scores, expected["dot"].scores)
+
+
+@pytest.mark.parametrize(
+    "engine", [pytest.param("faiss", marks=needs_faiss), pytest.param("usearch", marks=needs_usearch)]
+)
+def test_index_files(file: Path, tmp_path: Path, engine: Any) -> None:
+    queries = VECTORS[:2]
+    with pytest.raises(ValueError, match=r"index is .*gone.*; the folder .*gone does not exist"):
+        search(file, queries, engine=engine, index=tmp_path / "gone" / "a.index")
+    search(file, queries, engine=engine, index=tmp_path / "a.index")
+    (tmp_path / "a.index").write_bytes(b"no index")
+    with pytest.raises(ValueError, match=r"a\.index cannot be read .*; delete it"):
+        search(file, queries, engine=engine, index=tmp_path / "a.index")
+
+
 @needs_faiss
 def test_searchers_index(folder: Path, rows: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.npy"
@@ -346,7 +374,13 @@ def test_searchers_faults(folder: Path, rows: Path, tmp_path: Path) -> None:
     embed(folder, rows, out, options=Options(**OPTIONS))
     with pytest.raises(ValueError, match=r"texts are 2; .* has 7 vectors"):
         Searcher(folder, out, ["a", "b"])
-    rows.write_text('{"id": "a", "body": "b"}\n', "utf-8")
+    moved = [{"id": f"d{row - 1}", "body": text} for row, text in enumerate(["new", *TEXTS])]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in moved), "utf-8")
+    with pytest.raises(
+        DataError, match=r"rows\.jsonl:\d+: id 'd-?\d'; row \d of .*out\.npy is of 'd\d': these are other"
+    ):
+        Searcher(folder, out, rows, options=Options(**OPTIONS))(ASKED)
+    rows.write_text('{"id": "d0", "body": "b"}\n', "utf-8")
     with pytest.raises(DataError, match=r"rows\.jsonl: fewer texts than .*out\.npy has vectors, 7"):
         Searcher(folder, out, rows, options=Options(**OPTIONS))(ASKED)
     with pytest.raises(ValueError, match="top is 0"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +22,28 @@ def need(extra: str, *packages: str) -> None:
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
         raise click.UsageError(f"{' and '.join(missing)} missing; pip install 'bert-fast[{extra}]'")
+
+
+def check_out(name: str, out: Path | None, inputs: Iterable[Path | None], suffixes: Sequence[str] = ()) -> None:
+    """Before the work: what is to be written can be, and is nothing that is read.
+
+    Args:
+        name: of the option.
+        out: its value.
+        inputs: files and folders that are read.
+        suffixes: that are allowed; none: all.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if out is None:
+        return
+    if suffixes and out.suffix.lower() not in suffixes:
+        raise ValueError(f"{name} is {out}; its suffix must be {' or '.join(suffixes)}")
+    if not out.parent.is_dir():
+        raise ValueError(f"{name} is {out}; the folder {out.parent} does not exist")
+    if out.resolve() in {file.resolve() for file in inputs if file is not None}:
+        raise ValueError(f"{name} is {out}, which is read; name another file")
 
 
 @contextmanager
@@ -46,13 +68,19 @@ def device_named(name: str) -> torch.device:
         raise click.BadParameter(f"{name!r} is no device; cpu or cuda is meant") from None
 
 
-def present_device(_context: click.Context, _parameter: click.Parameter, name: str | None) -> torch.device | None:
+def present_device(
+    _context: click.Context, _parameter: click.Parameter | None, name: str | None
+) -> torch.device | None:
     """One that this machine has; None: a GPU if there is one."""
     if name is None:
         return None
     device = device_named(name)
+    if device.type not in ("cpu", "cuda"):
+        raise click.BadParameter(f"{name!r} is not served; cpu or cuda is meant")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise click.BadParameter("this machine has no CUDA device; cpu works everywhere")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise click.BadParameter(f"{name!r} is not there; this machine has {torch.cuda.device_count()} CUDA devices")
     return device
 
 

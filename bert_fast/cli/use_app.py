@@ -17,7 +17,18 @@ from bert_fast.tasks.vectors.search import Engine as SearchEngine
 from bert_fast.tasks.vectors.search import Metric
 
 from .finetune_app import columns_option
-from .options import FILE, FOLDER, NEW_FILE, PATH, device_of_any_option, found_device_option, need, one_line
+from .options import (
+    FILE,
+    FOLDER,
+    NEW_FILE,
+    PATH,
+    check_out,
+    device_of_any_option,
+    found_device_option,
+    need,
+    one_line,
+    present_device,
+)
 
 MODEL = click.option("--model", required=True, help="A folder, or a name on the hub.")
 TOKENS = click.option(
@@ -89,6 +100,7 @@ def predict(
     from . import use as work
 
     with one_line():
+        check_out("--out", out, [source], [".jsonl"])
         tuned = work.open_tuned(model, task, device, int8, columns, settings)
         work.predict(Console(), tuned, source, out, tokens_per_batch)
 
@@ -126,6 +138,7 @@ def evaluate(
     from . import use as work
 
     with one_line():
+        check_out("--json", json_file, [source])
         tuned = work.open_tuned(model, task, device, int8, columns, settings)
         work.evaluate(Console(), tuned, source, json_file, tokens_per_batch)
 
@@ -179,7 +192,7 @@ def evaluate(
 @click.option(
     "--workers", type=click.IntRange(1), help="With --engine ray: processes.  [default: as there is room for]"
 )
-@click.option("--cpus", type=click.FloatRange(0), default=1, show_default=True, help="With --engine ray: of each.")
+@click.option("--cpus", type=click.FloatRange(0), help="With --engine ray: of each.  [default: 1]")
 @click.option("--gpus", type=click.FloatRange(0), help="With --engine ray: of each.  [default: 1 where there are any]")
 @click.option("--address", help="With --engine ray: of a running cluster.  [default: RAY_ADDRESS, or one of its own]")
 @device_of_any_option
@@ -197,8 +210,10 @@ def embed(**values: Any) -> None:
     need("tasks", "sentence_transformers", "pyarrow")
     if values["engine"] == "ray":
         need("ray", "ray")
-    elif any(values[name] is not None for name in ("workers", "gpus", "address")):
-        raise click.UsageError("--workers, --gpus and --address need --engine ray")
+    elif any(values[name] is not None for name in ("workers", "cpus", "gpus", "address")):
+        raise click.UsageError("--workers, --cpus, --gpus and --address need --engine ray")
+    else:
+        present_device(click.get_current_context(), None, values["device"])
     from . import vectors as work
 
     with one_line():
@@ -218,9 +233,7 @@ def embed(**values: Any) -> None:
 @click.option(
     "--metric",
     type=click.Choice(get_args(Metric)),
-    default="cosine",
-    show_default=True,
-    help="Cosine, or inner product.",
+    help="Cosine, or inner product.  [default: as the model says, which mostly is cosine]",
 )
 @click.option(
     "--engine",
@@ -250,7 +263,10 @@ def search(**values: Any) -> None:
         need("search", values["engine"])
     from . import vectors as work
 
+    present_device(click.get_current_context(), None, values["device"])
     with one_line():
+        read = [values[name] for name in ("vectors", "file", "texts", "index")]
+        check_out("--out", values["out"], read, [".jsonl"])
         work.search(Console(), values)
 
 
@@ -260,6 +276,7 @@ def search(**values: Any) -> None:
 @click.option("--out", required=True, type=NEW_FILE, help=".jsonl, or .trec, a run as trec_eval reads it.")
 @click.option("--queries", type=PATH, help="Where --in is a run: texts of the queries, with ids.")
 @click.option("--corpus", type=PATH, help="Where --in is a run: texts of the passages, with ids.")
+@columns_option
 @click.option("--top", type=click.IntRange(1), help="Passages kept of each query.  [default: all]")
 @click.option("--max-length", type=click.IntRange(3), help="Tokens of the longest pair.  [default: as the model says]")
 @TOKENS
@@ -276,10 +293,15 @@ def rerank(**values: Any) -> None:
     """
     if (values["queries"] is None) != (values["corpus"] is None):
         raise click.UsageError("--queries and --corpus are needed together")
+    if values["columns"] and values["corpus"] is None:
+        raise click.UsageError("--column is of --corpus, which is missing")
     need("tasks", "sentence_transformers")
     from . import vectors as work
 
     with one_line():
+        check_out(
+            "--out", values["out"], [values[name] for name in ("source", "queries", "corpus")], [".jsonl", ".trec"]
+        )
         work.rerank(Console(), values)
 
 

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bert_fast.tasks import vectors
+from bert_fast.tasks.data.problems import bad_line
 from bert_fast.tasks.data.runs import read_candidates, read_run
 from bert_fast.tasks.data.texts import find_texts, read_texts
 from bert_fast.tasks.reranking import rerank_to
@@ -35,10 +36,10 @@ def embed(console: Console, values: Mapping[str, Any]) -> None:
     """Embeds texts as the options say, and says how it goes; see bert_fast.tasks.vectors.embed."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("opening the model", total=None)
+        bar = progress.add_task("reading", total=None)
 
         def show(done: vectors.Progress) -> None:
-            rate = done.texts / done.seconds if done.seconds else 0.0
+            rate = (done.texts - done.resumed) / done.seconds if done.seconds else 0.0
             progress.update(bar, description=f"{done.texts:,} texts, {rate:,.0f} a second")
 
         summary = vectors.embed(
@@ -59,7 +60,8 @@ def embed(console: Console, values: Mapping[str, Any]) -> None:
 def _cluster(values: Mapping[str, Any]) -> Any:
     from bert_fast.tasks.vectors.ray_engine import Cluster
 
-    return Cluster(**{name: values[name] for name in ("workers", "cpus", "gpus", "address")})
+    names = ("workers", "cpus", "gpus", "address")
+    return Cluster(**{name: values[name] for name in names if values[name] is not None})
 
 
 # ---- search ----------------------------------------------------------------------------------------------------------
@@ -67,9 +69,7 @@ def _cluster(values: Mapping[str, Any]) -> Any:
 
 def search(console: Console, values: Mapping[str, Any]) -> None:
     """Finds texts for queries; tables, or a JSON object a line; see bert_fast.tasks.vectors.searcher."""
-    queries = list(values["queries"])
-    if values["file"] is not None:
-        queries = [row.text for row in read_texts(find_texts([values["file"]]))]
+    queries, ids = _queries(values)
     searcher = Searcher(
         values["model"],
         values["vectors"],
@@ -86,11 +86,34 @@ def search(console: Console, values: Mapping[str, Any]) -> None:
             _show(console, query, found)
         return
     lines = [
-        json.dumps({"query": query, "results": [_as_dict(hit) for hit in found]}, ensure_ascii=False)
-        for query, found in zip(queries, results, strict=True)
+        json.dumps(
+            {**({} if name is None else {"id": name}), "query": query, "results": [_as_dict(hit) for hit in found]},
+            ensure_ascii=False,
+        )
+        for name, query, found in zip(ids, queries, results, strict=True)
     ]
     write_lines(values["out"], lines)
     say(console, f"results of {len(queries):,} queries in {values['out']}")
+
+
+def _queries(values: Mapping[str, Any]) -> tuple[list[str], list[str | None]]:
+    """The texts, none of them blank, and their ids, if they have any.
+
+    Raises:
+        DataError: a query of the file is blank, or there is none.
+        ValueError: one of the command line is blank.
+    """
+    if values["file"] is None:
+        if not all(query.strip() for query in values["queries"]):
+            raise ValueError("--query is blank; a text is needed")
+        return list(values["queries"]), [None] * len(values["queries"])
+    rows = list(read_texts(find_texts([values["file"]])))
+    for row in rows:
+        if not row.text.strip():
+            raise bad_line(row.file, row.line, "a blank query")
+    if not rows:
+        raise bad_line(values["file"], None, "no queries")
+    return [row.text for row in rows], [row.id for row in rows]
 
 
 def _as_dict(hit: Found) -> dict[str, Any]:
@@ -116,7 +139,7 @@ def rerank(console: Console, values: Mapping[str, Any]) -> None:
     if values["queries"] is None:
         candidates = read_candidates(values["source"])
     else:
-        candidates = read_run(values["source"], values["queries"], values["corpus"])
+        candidates = read_run(values["source"], values["queries"], values["corpus"], values["columns"])
     model = open_cross_encoder(
         values["model"], max_length=values["max_length"], device=values["device"], int8=values["int8"]
     )

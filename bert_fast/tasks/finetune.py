@@ -108,6 +108,8 @@ def finetune(
         OSError: a file or a model cannot be read.
     """
     training = training or Training(**task.training)
+    if training.patience is not None and sources.dev is None and sources.held_out == 0:
+        raise ValueError(f"patience is {training.patience}, which needs an evaluation; dev is None and held_out 0")
     where = loop.place(device)
     if training.precision == "fp16" and where.device.type != "cuda":
         raise ValueError("precision is 'fp16', which needs a GPU; fp32 and bf16 work everywhere")

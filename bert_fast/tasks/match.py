@@ -89,6 +89,8 @@ class Match(Task[Pair]):
     def __post_init__(self) -> None:
         one_of("kind", self.kind, Kind)
         one_of("loss", self.loss, Loss)
+        if self.kind == "cross" and self.loss != "cosine":
+            raise ValueError(f"loss is {self.loss!r}, which needs kind 'bi', not 'cross'")
         if self.low is not None and self.high is not None and not -math.inf < self.low < self.high < math.inf:
             raise ValueError(f"low is {self.low}, high is {self.high}; low must be less than high")
         if self.max_length is not None:

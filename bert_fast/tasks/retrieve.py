@@ -80,6 +80,8 @@ class Retrieve(Task[Query]):
     def read(self, file: Path, *, is_labelled: bool = True) -> list[Query]:
         if is_beir(file):
             return read_beir(file, self.split, is_labelled=is_labelled)
+        if self.split is not None:
+            raise ValueError(f"split is {self.split!r}; {file} is a table, which has none")
         return read_queries(file, self.columns, is_labelled=is_labelled)
 
     def fitted(self, examples: Sequence[Query]) -> Self:  # noqa: ARG002

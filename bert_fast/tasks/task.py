@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar, get_args, get_type_hints
 
 from torch import nn
 
@@ -170,5 +170,21 @@ class Task(ABC, Generic[E]):
         unknown = sorted(settings.keys() - known)
         if unknown:
             raise ValueError(f"{cls.name} has no setting {unknown[0]!r}; it has {', '.join(sorted(known))}")
+        hints = get_type_hints(cls)
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+        for name, value in values.items():
+            _check_kind(name, value, hints[name])
         return cls(**values)
+
+
+PLAIN = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+
+
+def _check_kind(name: str, value: Any, hint: Any) -> None:
+    """Compares a value with the type of its field where that is one of PLAIN, or one of them or None."""
+    kinds = [kind for kind in (get_args(hint) or (hint,)) if kind is not type(None)]
+    if len(kinds) != 1 or kinds[0] not in PLAIN or (value is None and type(None) in get_args(hint)):
+        return
+    taken = {float: (int, float)}.get(kinds[0], (kinds[0],))
+    if type(value) not in taken:
+        raise ValueError(f"{name} is {value!r}; {PLAIN[kinds[0]]} is needed")

@@ -36,10 +36,12 @@ class Progress:
     Attributes:
         texts: done, those of an interrupted call included.
         seconds: since the call.
+        resumed: texts that were done before it.
     """
 
     texts: int
     seconds: float
+    resumed: int = 0
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def embed(
     Raises:
         DataError: a text cannot be read, or there is none.
         ValueError: an argument is not allowed, or what was begun or is there is of something else.
-        RuntimeError: another process works on the same file.
+        BlockingIOError: another process works on the same file.
         ImportError: a package is not installed.
         OSError: a file or the model cannot be read.
     """
@@ -148,7 +150,7 @@ def embed(
             for count in run(tally.missing(blocks, work), work):
                 done += count
                 if on_progress is not None:
-                    on_progress(Progress(tally.resumed + done, time.perf_counter() - start))
+                    on_progress(Progress(tally.resumed + done, time.perf_counter() - start, tally.resumed))
             record = _join(out, work, state, tally, sources)
     shutil.rmtree(work_folder, ignore_errors=True)
     seconds = time.perf_counter() - start
@@ -170,7 +172,8 @@ def _checked(out: Path, sources: Sequence[Path], options: Options) -> Path:
     beside = [ids_file(out)] if out.suffix.lower() == ".npy" else []
     there = [file for file in (out, record_file(out), *beside) if file.exists()]
     if there and not work_folder.is_dir() and not {out, record_file(out)} <= set(there):
-        raise ValueError(f"{there[0]} exists, and embed did not make it; delete it or name another file")
+        names = ", ".join(file.name for file in there)
+        raise ValueError(f"{names} without the rest of what embed writes; delete them or name another file than {out}")
     return work_folder
 
 
@@ -197,9 +200,11 @@ def _run(model: str, options: Options, blocks: Iterator[Block], work: Work) -> I
 def _join(out: Path, work: Work, state: Mapping[str, Any], tally: _Tally, sources: Sequence[Path]) -> dict[str, Any]:
     """The finished file, with its record."""
     if not tally.rows:
+        work.check_count(0)
         shutil.rmtree(work.folder)
         raise DataError(f"{', '.join(map(str, sources))}: no texts")
     shape = Shape(tally.rows, work.dimensions(), state["dtype"], tally.has_ids)
+    work.check_count(tally.blocks)
     write_vectors(out, work.tables(tally.blocks), shape)
     record = {**state, "rows": shape.rows, "dimensions": shape.dimensions, "texts": tally.digest.hexdigest()}
     write_text(record_file(out), json.dumps(record, indent=1, ensure_ascii=False) + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -174,6 +175,14 @@ def _folder(source: str) -> Path:
     if Path(source).is_dir():
         return Path(source)
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     load_sentence_transformer(source)  # fetches what it needs
-    return Path(snapshot_download(source, local_files_only=True))
+    cache = os.environ.get("SENTENCE_TRANSFORMERS_HOME")
+    try:
+        return Path(snapshot_download(source, local_files_only=True, cache_dir=cache))
+    except LocalEntryNotFoundError:
+        if "/" in source:
+            raise
+        # sentence-transformers' own models are known to it without their owner's name.
+        return Path(snapshot_download(f"sentence-transformers/{source}", local_files_only=True, cache_dir=cache))

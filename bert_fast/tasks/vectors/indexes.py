@@ -150,7 +150,10 @@ class _Usearch(Index):
 
     @classmethod
     def read(cls, file: Path, metric: Metric, options: IndexOptions) -> Index:
-        return cls(package("usearch.index", "engine 'usearch'").Index.restore(str(file)), metric, options)
+        index = package("usearch.index", "engine 'usearch'").Index.restore(str(file))
+        if index is None:
+            raise RuntimeError("it has no head of usearch")
+        return cls(index, metric, options)
 
     def write(self, file: Path) -> None:
         self.index.save(str(file))
@@ -186,11 +189,16 @@ def open_index(vectors: Vectors, engine: Engine, metric: Metric, options: IndexO
     """
     if not vectors.rows:
         raise bad_line(vectors.file, None, "no vectors")
+    if file is not None and not file.parent.is_dir():
+        raise ValueError(f"index is {file}; the folder {file.parent} does not exist")
     library = LIBRARIES[engine]
     state = {"engine": engine, "metric": metric, **asdict(options)}
     if file is not None and file.exists():
         _check(file, state, vectors)
-        return library.read(file, metric, options)
+        try:
+            return library.read(file, metric, options)
+        except RuntimeError as error:
+            raise ValueError(f"{file} cannot be read ({error}); delete it") from None
     index = library.built(vectors, metric, options)
     if file is not None:
         beside = file.with_name(f".{file.name}.part")

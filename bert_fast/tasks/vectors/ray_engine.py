@@ -14,6 +14,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -104,9 +105,12 @@ def run(model: str, options: Options, cluster: Cluster, missing: Iterator[Block]
         ray.exceptions.RayError: a worker's error, or the cluster's.
     """
     data = package("ray.data", PURPOSE)
-    tasks = list(_staged(missing, work))
-    if not tasks:
+    first = next(missing, None)
+    if first is None:
         return
+    # What is wrong with the model or the options is said here, not by a worker that dies of it.
+    Embedder(model, replace(options, device="cpu", precision="fp32"))
+    tasks = list(_staged(chain([first], missing), work))
     model = str(Path(model).resolve()) if Path(model).is_dir() else model  # workers may stand elsewhere
     work = replace(work, folder=work.folder.resolve())
     with _connected(cluster), _quiet(data):

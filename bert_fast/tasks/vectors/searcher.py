@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 from ..data.problems import bad_line
 from ..data.texts import find_texts, read_texts
-from ..embeddings import embed_texts
+from ..embeddings import embed_texts, is_cosine
 from ..settings import at_least
 from ..task import Model
 from .embedder import Options, fingerprint, open_model, prompt_of
@@ -48,7 +48,8 @@ class Searcher:
         options: for queries prompt, prompt_name, tokens_per_batch and, where `model` is opened here, max_length,
             precision, int8 and device; for texts columns and on_problem.
         is_other: whether the model may be another than that of the vectors, such as the query's half of a pair.
-        engine, metric, index, index_options: see search.
+        engine, index, index_options: see search.
+        metric: see search; None: what the model's similarity is, the cosine unless it says so.
 
     Raises:
         ValueError: the model is another, or its vectors have another number of dimensions; an argument is not allowed.
@@ -65,7 +66,7 @@ class Searcher:
         options: Options | None = None,
         is_other: bool = False,
         engine: Engine = "exact",
-        metric: Metric = "cosine",
+        metric: Metric | None = None,
         index: Path | None = None,
         **index_options: Any,
     ) -> None:
@@ -78,6 +79,7 @@ class Searcher:
         if texts is not None and not isinstance(texts, Path) and len(texts) != self.vectors.rows:
             raise ValueError(f"texts are {len(texts):,}; {vectors} has {self.vectors.rows:,} vectors")
         self.texts = texts
+        metric = metric or ("cosine" if is_cosine(self.model) else "dot")
         self._find = finder(self.vectors, engine, metric, index, self.options.device, index_options)
 
     def __call__(self, queries: Sequence[str], top: int = 10) -> list[list[Found]]:
@@ -85,7 +87,7 @@ class Searcher:
 
         Raises:
             ValueError: `top` is not positive.
-            DataError: the texts are fewer than the vectors.
+            DataError: the texts are fewer than the vectors, or have other ids.
         """
         at_least("top", top, 1)
         hits = self._find(self._vectors_of(queries), top)
@@ -108,14 +110,21 @@ class Searcher:
         if self.texts is None:
             return labels
         if isinstance(self.texts, Path):
-            return self._read(self.texts, rows)
+            return self._read(self.texts, labels)
         return {row: Label(label.id, self.texts[row]) for row, label in labels.items()}
 
-    def _read(self, source: Path, rows: Collection[int]) -> dict[int, Label]:
-        wanted, last = set(rows), max(rows, default=-1)
+    def _read(self, source: Path, labels: Mapping[int, Label]) -> dict[int, Label]:
         texts = read_texts(find_texts([source]), self.options.columns, self.options.on_problem)
-        found = {row: Label(text.id, text.text) for row, text in enumerate(islice(texts, last + 1)) if row in wanted}
-        if len(found) < len(wanted):
+        found = {}
+        for row, text in enumerate(islice(texts, max(labels, default=-1) + 1)):
+            if row not in labels:
+                continue
+            expected = labels[row].id
+            if None not in (text.id, expected) and text.id != expected:
+                reason = f"id {text.id!r}; row {row} of {self.vectors.file} is of {expected!r}: these are other texts"
+                raise bad_line(text.file, text.line, reason)
+            found[row] = Label(text.id, text.text)
+        if len(found) < len(labels):
             raise bad_line(source, None, f"fewer texts than {self.vectors.file} has vectors, {self.vectors.rows:,}")
         return found
 

@@ -71,18 +71,19 @@ class Work:
         return state
 
     def tables(self, count: int) -> Iterator[Any]:
-        """The tables of blocks 0 to count - 1, one after another.
+        """The tables of blocks 0 to count - 1, one after another."""
+        return (blocks.read_table(self.done(number)) for number in range(count))
 
-        Raises:
-            ValueError: there are more.
+    def check_count(self, count: int) -> None:
         """
-        if self.done(count).exists():
+        Raises:
+            ValueError: more than `count` blocks were begun with.
+        """
+        if any(DONE.fullmatch(path.name) and int(path.stem) >= count for path in self.folder.iterdir()):
             raise ValueError(
                 f"{self.folder} was begun with more texts than the {count} blocks that there are now; go back to them, "
                 "delete the folder or name another file"
             )
-        for number in range(count):
-            yield blocks.read_table(self.done(number))
 
 
 @contextmanager
@@ -96,14 +97,14 @@ def opened(folder: Path, state: Mapping[str, Any], *, keep_text: bool) -> Iterat
 
     Raises:
         ValueError: the folder holds something else, or was begun with another state.
-        RuntimeError: another process uses it.
+        BlockingIOError: another process uses it.
     """
     folder.mkdir(exist_ok=True)
     with (folder / LOCK).open("wb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however it ends
         except BlockingIOError:
-            raise RuntimeError(f"another process works in {folder}; one at a time can") from None
+            raise BlockingIOError(f"another process works in {folder}; one at a time can") from None
         _begin(folder, state)
         yield Work(folder, keep_text)
 
