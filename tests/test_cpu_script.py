@@ -29,9 +29,10 @@ from benchmarks.cpu.contenders import Contender, Field, LostError, Worker, array
 from benchmarks.cpu.convert import REPORT, write_model
 from benchmarks.cpu.measure import Bench, judge, pooled, quartiles, verify
 from benchmarks.cpu.peers import BY_NAME, PEERS, SDPA, Engine, Place
-from benchmarks.cpu.report import FLOOR, OURS, OURS_INT8, PREPACKED, Entry, Record
+from benchmarks.cpu.report import FLOOR, OURS, OURS_BF16, OURS_INT8, PREPACKED, Entry, Record
 from benchmarks.cpu.rows import ACCURACY, GRID, Row, chosen, read_pairs, rows
 from benchmarks.cpu.run import environment, run_row, without_paths
+from bert_fast import _C
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -110,6 +111,9 @@ def check_entry(entry: dict[str, Any], model: str) -> None:
         assert entry["seconds"] is None
     elif name in (OURS_INT8, PREPACKED) and entry["reason"] is not None:  # not every build of torch has oneDNN
         assert re.match(r"\w+Error: |this torch", entry["reason"]), entry
+    elif name == OURS_BF16 and not _C.has_bfloat16():
+        assert "no instruction for bfloat16" in entry["reason"]
+        assert entry["seconds"] is None
     elif name == "sentence-transformers" and model != "MiniLM":
         assert entry["reason"] == "measured with MiniLM alone"
     else:

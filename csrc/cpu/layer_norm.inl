@@ -1,5 +1,5 @@
-// dropout + residual + LayerNorm. The variance is taken around the mean in a second pass: a one-pass variance loses its digits on
-// data that is far from zero.
+// dropout + residual + LayerNorm. The variance is taken around the mean in a second pass: a one-pass variance loses its
+// digits on data that is far from zero.
 
 namespace bert_fast::cpu::BERT_FAST_ISA {
 
