@@ -144,7 +144,7 @@ def test_memory(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.param("faiss", {"kind": "flat"}, marks=needs_faiss),
         pytest.param("faiss", {"kind": "hnsw", "links": 16}, marks=needs_faiss),
         pytest.param("faiss", {"kind": "ivf", "lists": 3, "probes": 3}, marks=needs_faiss),
-        pytest.param("usearch", {"links": 16}, marks=needs_usearch),
+        pytest.param("usearch", {"links": 16, "build_width": 300, "search_width": 300}, marks=needs_usearch),
     ],
 )
 def test_indexes(file: Path, tmp_path: Path, engine: Any, options: dict[str, Any], metric: Any) -> None:

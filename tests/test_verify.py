@@ -218,12 +218,12 @@ def no_gelu(patch: pytest.MonkeyPatch) -> None:
 
 def other_eps(patch: pytest.MonkeyPatch) -> None:
     real = functional.layer_norm
-    patch.setattr(functional, "layer_norm", lambda x, w, b, eps, r=None: real(x, w, b, 1e-3, r))  # noqa: ARG005
+    patch.setattr(functional, "layer_norm", lambda x, w, b, eps, r=None, **o: real(x, w, b, 1e-3, r, **o))  # noqa: ARG005
 
 
 def no_residual(patch: pytest.MonkeyPatch) -> None:
     real = functional.layer_norm
-    patch.setattr(functional, "layer_norm", lambda x, w, b, eps, r=None: real(x, w, b, eps))  # noqa: ARG005
+    patch.setattr(functional, "layer_norm", lambda x, w, b, eps, r=None, **o: real(x, w, b, eps, **o))  # noqa: ARG005
 
 
 def mask_ignored(patch: pytest.MonkeyPatch) -> None:

@@ -197,7 +197,7 @@ def open_index(vectors: Vectors, engine: Engine, metric: Metric, options: IndexO
         _check(file, state, vectors)
         try:
             return library.read(file, metric, options)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             raise ValueError(f"{file} cannot be read ({error}); delete it") from None
     index = library.built(vectors, metric, options)
     if file is not None:
