@@ -199,12 +199,11 @@ def _run(model: str, options: Options, blocks: Iterator[Block], work: Work) -> I
 
 def _join(out: Path, work: Work, state: Mapping[str, Any], tally: _Tally, sources: Sequence[Path]) -> dict[str, Any]:
     """The finished file, with its record."""
+    work.check_count(tally.blocks)
     if not tally.rows:
-        work.check_count(0)
         shutil.rmtree(work.folder)
         raise DataError(f"{', '.join(map(str, sources))}: no texts")
     shape = Shape(tally.rows, work.dimensions(), state["dtype"], tally.has_ids)
-    work.check_count(tally.blocks)
     write_vectors(out, work.tables(tally.blocks), shape)
     record = {**state, "rows": shape.rows, "dimensions": shape.dimensions, "texts": tally.digest.hexdigest()}
     write_text(record_file(out), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
